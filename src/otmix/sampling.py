@@ -1,0 +1,179 @@
+"""Which images are drawn as backgrounds and which as foregrounds: eq. 2 and 3 of Gao et al. 2023.
+
+Both streams yield `Items`; no pixel is read. Sizes are global: a batch is drawn once, from a generator that does not
+know the rank, and process r of w takes the positions r, r + w, r + 2w, … of it. So the data that a step sees do not
+depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from otmix.errors import UserError
+from otmix.randomness import Moment
+from otmix.types import ClassCounts, Items
+
+
+def inverse_frequency(counts: ClassCounts, r: float = 1.0) -> Tensor:
+    """Class probabilities q_k = n_k^-r / Σ_l n_l^-r, float64 `[K]` (Gao et al. 2023, eq. 3).
+
+    r = 1 is the inverse class frequency, r = 1/2 its smoothed form, r = 0 uniform over classes, r = −1 the natural
+    frequencies. The exponent is per *class*: one image of class k has weight q_k / n_k. (The released code's
+    `weighted_alpha` is an exponent per image: its 1 is r = 0 here.)
+    """
+    if not math.isfinite(r):
+        raise UserError(f"the exponent r of the foreground classes must be a finite number, it is {r}")
+    return torch.softmax(-r * counts.counts.double().log(), dim=0)
+
+
+def effective_number(counts: ClassCounts, beta: float = 0.9999) -> Tensor:
+    """Class probabilities q_k ∝ (1 − β) / (1 − β^n_k), float64 `[K]`, summing to 1.
+
+    By the effective number of samples (Cui et al. 2019), the other choice that eq. 3 names. β = 0 is uniform over
+    classes; β → 1 tends to `inverse_frequency(counts, r=1)`. Times K these are the class weights that sum to K.
+    """
+    if not 0.0 <= beta < 1.0:
+        limit = "for its limit 1 use the inverse frequency with r = 1"
+        raise UserError(f"beta of the effective number must lie in [0, 1), it is {beta}; {limit}")
+    # 1 − β^n = −expm1(n ln β): the difference of two nearly equal numbers is never formed
+    log_beta = math.log(beta) if beta > 0.0 else -math.inf
+    weight = 1.0 / -torch.expm1(counts.counts.double() * log_beta)
+    return weight / weight.sum()
+
+
+def _as_labels(labels: Tensor | Sequence[int]) -> Tensor:
+    labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
+    if labels.ndim != 1 or labels.numel() == 0:
+        raise UserError(f"labels must be a vector [N] with N >= 1, not of shape {tuple(labels.shape)}")
+    return labels
+
+
+def _check_place(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise UserError(f"rank {rank} does not exist among {world} processes; ranks count from 0")
+
+
+def _uniform_below(u: Tensor, n: Tensor) -> Tensor:
+    """Integers in 0 … n−1 from uniforms `u` in [0, 1), float64."""
+    # the minimum keeps inside what rounds up to n
+    return torch.minimum((u * n).long(), n - 1)
+
+
+class BackgroundStream:
+    """Eq. 2: every image with weight 1/N, as a fresh permutation of all images in each epoch.
+
+    `labels [N]`; `batch_size` B is global, over all `world` processes. An epoch has ceil(N/B) batches; the last may be
+    smaller. A batch that does not divide by `world` is padded by repeating its first images, so that all processes have
+    equally many. So one process sees every image exactly once an epoch, several together at least once.
+    """
+
+    def __init__(self, labels: Tensor | Sequence[int], batch_size: int, world: int = 1) -> None:
+        if batch_size < 1 or world < 1:
+            raise UserError(f"batch size and number of processes must be at least 1, they are {batch_size} and {world}")
+        self.labels = _as_labels(labels)
+        self.batch_size = batch_size
+        self.world = world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def epoch(self, moment: Moment) -> list[Items]:
+        """The batches of process `moment.rank` in order; the moment's seed, stage and epoch decide, not its step."""
+        _check_place(moment.rank, self.world)
+        order = torch.randperm(len(self.labels), generator=moment.at_epoch().generator("background"))
+        batches = []
+        for batch in torch.split(order, self.batch_size):
+            padded = math.ceil(len(batch) / self.world) * self.world
+            # positions past the end begin again at the first
+            index = batch[torch.arange(moment.rank, padded, self.world) % len(batch)]
+            batches.append(Items(self.labels[index], index))
+        return batches
+
+
+class ForegroundStream:
+    """Eq. 3: first a class from `class_probability`, then one of its images uniformly, with replacement.
+
+    So image j of class k has weight w_j = q_k / n_k. `labels [N]`; `class_probability [K]` non-negative, in any scale
+    (`inverse_frequency`, `effective_number`, or one's own). Raises UserError where a class that can be drawn is empty.
+    """
+
+    def __init__(self, labels: Tensor | Sequence[int], class_probability: Tensor, world: int = 1) -> None:
+        labels = _as_labels(labels)
+        probability = torch.as_tensor(class_probability, dtype=torch.float64, device="cpu")
+        if world < 1:
+            raise UserError(f"the number of processes must be at least 1, it is {world}")
+        usable = torch.isfinite(probability) & (probability >= 0)
+        if probability.ndim != 1 or not bool(usable.all()) or not bool(probability.any()):
+            raise UserError("class probabilities must be a vector [K] of finite numbers, none negative, not all zero")
+        classes = len(probability)
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            seen = f"{int(labels.min())} to {int(labels.max())}"
+            raise UserError(f"labels run from {seen}, but the class probabilities are for classes 0 to {classes - 1}")
+        self._counts = torch.bincount(labels, minlength=classes)
+        empty = torch.nonzero((self._counts == 0) & (probability > 0)).flatten().tolist()
+        if empty:
+            raise UserError(f"classes {empty} have no image to draw; give each at least one, or the probability 0")
+        self.world = world
+        self._order = torch.argsort(labels, stable=True)
+        self._first = self._counts.cumsum(0) - self._counts
+        cumulative = probability.cumsum(0)
+        # ends at exactly 1, so a uniform in [0, 1) always falls below it and never into a class of probability 0
+        self._cumulative = cumulative / cumulative[-1]
+
+    def draw(self, n: int, generator: torch.Generator) -> Items:
+        """`n` independent draws."""
+        u = torch.rand(2, n, generator=generator, dtype=torch.float64)
+        classes = torch.searchsorted(self._cumulative, u[0], right=True)
+        return Items(classes, self._order[self._first[classes] + _uniform_below(u[1], self._counts[classes])])
+
+    def step(self, n: int, moment: Moment) -> Items:
+        """`n` items for process `moment.rank` at one step: its share of n · world that are drawn for all together."""
+        _check_place(moment.rank, self.world)
+        return self.draw(n * self.world, replace(moment, rank=0).generator("foreground"))[moment.rank :: self.world]
+
+
+class ForegroundSampler(Sampler[int]):
+    """Eq. 3 as a torch sampler, for a `DataLoader` of one's own: indices of images, with q_k ∝ n_k^-r.
+
+    `num_samples` is the length of an epoch over all processes (default: the number of images), rounded up to a multiple
+    of `world`. The draws are a function of `seed`, the epoch and the rank alone: call `set_epoch` before each epoch,
+    else every epoch repeats the same draws. With several processes give each its `rank` and their number `world`.
+    Workers need nothing: indices are drawn in the main process.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor | Sequence[int],
+        num_samples: int | None = None,
+        *,
+        r: float = 1.0,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        _check_place(rank, world)
+        labels = _as_labels(labels)
+        if num_samples is not None and num_samples < 1:
+            raise UserError(f"the number of foregrounds in an epoch must be at least 1, it is {num_samples}")
+        self._stream = ForegroundStream(labels, inverse_frequency(ClassCounts.from_labels(labels), r), world)
+        self._length = math.ceil((len(labels) if num_samples is None else num_samples) / world)
+        self._moment = Moment(seed=seed, rank=rank)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, that the next iteration draws."""
+        self._moment = replace(self._moment, epoch=epoch)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        items = self._stream.step(self._length, self._moment)
+        assert items.index is not None  # a ForegroundStream always knows the place
+        yield from items.index.tolist()
