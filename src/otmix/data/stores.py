@@ -1,0 +1,211 @@
+"""Where pixels are fetched from: held on the device, or read by workers. Both give the same Batch for a request."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from otmix.data.augmentation import Augmentation, ShiftFlip, WindowFlip, prepare
+from otmix.data.decoding import Progress, in_threads
+from otmix.data.resizing import side_needed, to_square
+from otmix.data.sources import ArraySource, ImageSource
+from otmix.errors import UserError
+from otmix.randomness import derive_seed, generator
+from otmix.types import Batch, Items
+
+if TYPE_CHECKING:
+    from otmix.data.dataset import ImageDataset
+
+Request = tuple[Items, int | None]
+"""Which images, and the seed of their augmentation (None: as evaluation sees them)."""
+
+_CHUNK = 4096
+
+
+class ImageStore(Protocol):
+    """Gives the images of any items of one source, float32 in [0, 1] on `device`; their labels and indices come along.
+
+    The augmentation is a pure function of the seed and the place in the batch, whatever the number of workers.
+    """
+
+    device: torch.device
+
+    def fetch(self, items: Items, seed: int | None) -> Batch: ...
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """One batch for each request, in order."""
+        ...
+
+
+class ResidentStore:
+    """All images as one uint8 tensor `[N,C,S,S]` on the device; `fetch` is an index and, with a seed, one batched crop
+    and flip there. It never waits for the device. Raises UserError that names a file that cannot be decoded."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        device: torch.device | str,
+        augmentation: ShiftFlip | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.augmentation = augmentation
+        self.images = load_images(source, image_size, progress).to(self.device)
+
+    def fetch(self, items: Items, seed: int | None) -> Batch:
+        index = _index(items)
+        here = Items(move(items.labels, self.device), move(index, self.device))
+        assert here.index is not None
+        return Batch(here, _finish(self.images.index_select(0, here.index), self.augmentation, seed))
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        return (self.fetch(items, seed) for items, seed in requests)
+
+
+class WorkerStore:
+    """Images read and resized by `workers` processes ahead of need (0: by this one). Items must be on the CPU.
+
+    Small-image augmentation (ShiftFlip) is done on the device, as in ResidentStore; WindowFlip by the workers, each
+    image with its own generator from (seed, place in the batch). Raises UserError that names a file that cannot be
+    decoded.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        device: torch.device | str,
+        augmentation: Augmentation | None = None,
+        workers: int = 2,
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"--workers {workers} is negative; give 0 or more")
+        self.device = torch.device(device)
+        self.workers = workers
+        self.augmentation = augmentation if isinstance(augmentation, ShiftFlip) else None
+        self._reader = _Reader(source, image_size, augmentation if isinstance(augmentation, WindowFlip) else None)
+
+    def fetch(self, items: Items, seed: int | None) -> Batch:
+        return self._batch(items, seed, self._reader.read(_index(items).tolist(), seed))
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        if self.workers == 0:
+            yield from (self.fetch(items, seed) for items, seed in requests)
+            return
+        waiting: deque[Request] = deque()
+
+        def orders() -> Iterator[tuple[list[int], int | None]]:
+            for items, seed in requests:
+                waiting.append((items, seed))
+                yield _index(items).tolist(), seed
+
+        loader: DataLoader[Tensor | str] = DataLoader(
+            self._reader,
+            batch_size=None,  # an order is a whole batch, so one worker makes it
+            sampler=orders(),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else the loader draws from the global one, and dropout would see it
+        )
+        for pixels in loader:
+            items, seed = waiting.popleft()
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            yield self._batch(items, seed, pixels)
+
+    def _batch(self, items: Items, seed: int | None, pixels: Tensor) -> Batch:
+        here = Items(move(items.labels, self.device), move(_index(items), self.device))
+        return Batch(here, _finish(move(pixels, self.device), self.augmentation, seed))
+
+
+def open_store(
+    source: ImageSource,
+    dataset: ImageDataset,
+    device: torch.device | str,
+    train: bool,
+    workers: int = 2,
+    resident_bytes: int = 2 << 30,
+    *,
+    smallest_crop: float = 0.2,
+    progress: Progress | None = None,
+) -> ImageStore:
+    """The store for one split of `dataset`: held decoded on the device within `resident_bytes`, else read by workers.
+
+    For training, small images (<= 64 px) are shifted by up to an eighth and mirrored; larger ones get a random window
+    of at least `smallest_crop` of their area, which needs the file itself and so always workers.
+    """
+    size = dataset.image_size
+    augmentation: Augmentation | None = None
+    if train:
+        small = ShiftFlip(size // 8, dataset.flip)
+        augmentation = small if dataset.small else WindowFlip(size, dataset.flip, (smallest_crop, 1.0))
+    fits = len(source) * dataset.channels * size * size <= resident_bytes
+    if fits and not isinstance(augmentation, WindowFlip):
+        return ResidentStore(source, size, device, augmentation, progress)
+    return WorkerStore(source, size, device, augmentation, workers)
+
+
+def load_images(source: ImageSource, image_size: int, progress: Progress | None = None) -> Tensor:
+    """Every image as evaluation sees it: uint8 `[N,C,image_size,image_size]` on the CPU, files decoded on all cores."""
+    images = torch.empty(len(source), source.channels, image_size, image_size, dtype=torch.uint8)
+    if isinstance(source, ArraySource):
+        for start in range(0, len(source), _CHUNK):
+            images[start : start + _CHUNK] = to_square(source.images[start : start + _CHUNK], image_size)
+        return images
+
+    def decode_one(i: int) -> None:
+        images[i] = to_square(source.read(i, side_needed(image_size)), image_size)
+
+    in_threads(decode_one, len(source), progress)
+    return images
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: copying from pageable memory would stall CUDA, so the memory is pinned."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset["Tensor | str"]):
+    """What a worker runs: an order becomes uint8 `[n,C,S,S]`, or the message of the UserError that stopped it."""
+
+    source: ImageSource
+    image_size: int
+    augmentation: WindowFlip | None
+
+    def read(self, indices: list[int], seed: int | None) -> Tensor:
+        augmentation = None if seed is None else self.augmentation
+        needed = side_needed(self.image_size) if augmentation is None else augmentation.side_needed
+        images = torch.empty(len(indices), self.source.channels, self.image_size, self.image_size, dtype=torch.uint8)
+        for place, i in enumerate(indices):
+            random = None if seed is None else torch.Generator().manual_seed(derive_seed(seed, "window", place))
+            images[place] = prepare(self.source.read(i, needed), self.image_size, augmentation, random)
+        return images
+
+    def __getitem__(self, order: tuple[list[int], int | None]) -> Tensor | str:
+        try:
+            return self.read(*order)
+        except UserError as error:  # the loader would wrap it in a traceback
+            return str(error)
+
+
+def _index(items: Items) -> Tensor:
+    if items.index is None:
+        raise ValueError("these items have no index, so their images cannot be looked up")
+    return items.index
+
+
+def _finish(pixels: Tensor, augmentation: ShiftFlip | None, seed: int | None) -> Tensor:
+    if augmentation is not None and seed is not None:
+        drawn = augmentation.draw(len(pixels), generator(seed, "shift and flip"))
+        pixels = augmentation.apply(pixels, move(drawn, pixels.device))
+    return pixels.to(torch.float32).div_(255)

@@ -1,0 +1,288 @@
+"""Any folder of images: the layouts, the splits, the notes, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset
+from otmix.errors import UserError
+
+
+def put(root: Path, *names: str, size: tuple[int, int] = (12, 10)) -> None:
+    """Writes small pictures, each of its own colour."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = tuple(np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, 3).tolist())
+        Image.new("RGB", size, colour).save(path)
+
+
+def numbered(folder: str, n: int, ending: str = "png") -> list[str]:
+    return [f"{folder}/{i:03d}.{ending}" for i in range(n)]
+
+
+def names(source: Any) -> list[str]:
+    return [source.name_of(i) for i in range(len(source))]
+
+
+def load(root: Path, **options: Any) -> ImageDataset:
+    return load_dataset("folder", root=root, **options)
+
+
+def test_train_and_test(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/b", 3), *numbered("train/a", 2), *numbered("test/a", 1), *numbered("test/b", 2))
+    data = load(tmp_path)
+    assert data.class_names == ("a", "b")
+    assert data.counts.counts.tolist() == [2, 3]
+    assert data.validation is None
+    assert data.test is not None
+    assert names(data.train) == ["train/a/000.png", "train/a/001.png", *numbered("train/b", 3)]
+    assert names(data.test) == ["test/a/000.png", "test/b/000.png", "test/b/001.png"]
+    assert data.test.labels.tolist() == [0, 1, 1]
+    assert (data.name, data.notes) == (tmp_path.name, ())
+    assert (data.image_size, data.channels, data.small, data.flip) == (10, 3, True, True)
+
+
+@pytest.mark.parametrize("validation", ["val", "validation", "valid", "Val"])
+def test_validation_beside_test(tmp_path: Path, validation: str) -> None:
+    put(tmp_path, *(f"{split}/{k}/0.png" for split in ("train", "test", validation) for k in "ab"))
+    data = load(tmp_path)
+    assert data.validation is not None
+    assert data.test is not None
+    assert names(data.validation) == [f"{validation}/a/0.png", f"{validation}/b/0.png"]
+    assert names(data.test) == ["test/a/0.png", "test/b/0.png"]
+    with pytest.raises(UserError, match="--validation-per-class"):
+        load(tmp_path, validation_per_class=1)
+
+
+def test_validation_alone_is_the_test_split_and_says_so(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{split}/{k}/0.png" for split in ("train", "val") for k in "ab"))
+    data = load(tmp_path)
+    assert data.validation is None
+    assert data.test is not None
+    assert names(data.test) == ["val/a/0.png", "val/b/0.png"]
+    assert any("Only val/" in note and "held-out test" in note for note in data.notes)
+
+
+def test_one_tree_is_split_by_class(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("common", 20), *numbered("rare", 2))
+    data = load(tmp_path, test_fraction=0.25)
+    assert data.test is not None
+    assert torch.bincount(data.train.labels).tolist() == [15, 1]
+    assert torch.bincount(data.test.labels).tolist() == [5, 1]
+    assert sorted(names(data.train) + names(data.test)) == numbered("common", 20) + numbered("rare", 2)
+    assert any("0.25 of each class (6 of 22 images)" in note for note in data.notes)
+    assert names(load(tmp_path, test_fraction=0.25).test) == names(data.test)
+    assert names(load(tmp_path, test_fraction=0.25, seed=1).test) != names(data.test)
+
+
+def test_train_without_test_is_split_too(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 5), *numbered("train/b", 5))
+    data = load(tmp_path)
+    assert data.test is not None
+    assert (len(data.train), len(data.test)) == (8, 2)
+
+
+def test_nested_hidden_and_foreign_files(tmp_path: Path) -> None:
+    put(tmp_path, "a/x/deep/1.JPG", "a/2.Jpeg", "a/.hidden.png", "a/.cache/3.png", ".git/4.png", "b/5.bmp", "b/6.tif")
+    (tmp_path / "a/readme.txt").write_text("words")
+    (tmp_path / "__MACOSX").mkdir()
+    data = load(tmp_path, test_fraction=0.5)
+    assert data.test is not None
+    assert sorted(names(data.train) + names(data.test)) == ["a/2.Jpeg", "a/x/deep/1.JPG", "b/5.bmp", "b/6.tif"]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("car", 3), *numbered("train", 3))
+    assert load(tmp_path).class_names == ("car", "train")
+
+
+def test_images_outside_a_class_are_mentioned(tmp_path: Path) -> None:
+    put(tmp_path, "stray.png", *numbered("a", 2), *numbered("b", 2))
+    assert any("belong to no class" in note and note.endswith("1.") for note in load(tmp_path).notes)
+
+
+def test_a_class_without_test_images_is_mentioned(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png")
+    assert any("test/ has no image of the class 'b'" in note for note in load(tmp_path).notes)
+
+
+def test_a_folder_is_never_thinned_unless_asked(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 4), *numbered("train/b", 12), "test/a/0.png", "test/b/0.png")
+    assert load(tmp_path).counts.counts.tolist() == [4, 12]
+    assert load(tmp_path, max_per_class=6).counts.counts.tolist() == [4, 6]
+    assert load(tmp_path, imbalance=1).counts.counts.tolist() == [4, 4]
+    thinned = load(tmp_path, imbalance=4)
+    assert thinned.counts.counts.tolist() == [4, 1]
+    assert any("imbalance 4" in note and "4 … 1 images a class, 5 of 16" in note for note in thinned.notes)
+    assert thinned.test is not None
+    assert len(thinned.test) == 2
+
+
+def test_validation_out_of_training_when_asked(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 9), *numbered("train/b", 3), "test/a/0.png", "test/b/0.png")
+    data = load(tmp_path, validation_per_class=2)
+    assert data.validation is not None
+    assert torch.bincount(data.validation.labels).tolist() == [2, 1]
+    assert data.counts.counts.tolist() == [7, 2]
+    assert not set(names(data.train)) & set(names(data.validation))
+    assert any("2 training images of each class" in note and "1 classes too small" in note for note in data.notes)
+
+
+def test_image_size_follows_the_images(tmp_path: Path) -> None:
+    put(tmp_path / "small", *numbered("a", 3), *numbered("b", 3), size=(90, 64))
+    put(tmp_path / "large", *numbered("a", 3), *numbered("b", 3), size=(90, 65))
+    assert (load(tmp_path / "small").image_size, load(tmp_path / "small").small) == (64, True)
+    assert (load(tmp_path / "large").image_size, load(tmp_path / "large").small) == (224, False)
+    assert load(tmp_path / "large", image_size=32).small
+    with pytest.raises(UserError, match="--image-size"):
+        load(tmp_path / "small", image_size=3)
+
+
+def test_grey_on_request(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("a", 2), *numbered("b", 2))
+    data = load(tmp_path, channels=1)
+    assert (data.channels, len(data.mean), len(data.std)) == (1, 1, 1)
+    assert data.train.read(0).shape[0] == 1
+    with pytest.raises(UserError, match="2 channels"):
+        load(tmp_path, channels=2)
+
+
+def make_wrong(tmp_path: Path, case: str) -> Path:
+    if case == "missing":
+        return tmp_path / "nowhere"
+    if case == "file":
+        put(tmp_path, "a.png")
+        return tmp_path / "a.png"
+    if case == "flat":
+        put(tmp_path, "1.png", "2.png")
+    elif case == "one class":
+        put(tmp_path, *numbered("only", 3))
+    elif case == "empty class":
+        put(tmp_path, *numbered("a", 2), *numbered("b", 2))
+        (tmp_path / "void").mkdir()
+    elif case == "empty test class":
+        put(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png")
+        (tmp_path / "test/b").mkdir()
+    elif case == "unknown test class":
+        put(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/z/0.png")
+    elif case == "single image":
+        put(tmp_path, *numbered("a", 2), "lonely/0.png")
+    elif case == "splits without classes":
+        put(tmp_path, "train/0.png", "test/1.png")
+    elif case == "no train":
+        put(tmp_path, "test/a/0.png", "val/a/0.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("missing", "nowhere does not exist"),
+        ("file", r"a\.png is not a folder"),
+        ("nothing in it", "holds no class folder"),
+        ("flat", "holds no class folder"),
+        ("one class", "only the class 'only'"),
+        ("empty class", "void holds no image"),
+        ("empty test class", r"b holds no image"),
+        ("unknown test class", "has the class 'z'"),
+        ("single image", "class 'lonely' has 1 image"),
+        ("splits without classes", "no train/<class>/"),
+        ("no train", "no train/<class>/"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, case: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        load(make_wrong(tmp_path, case))
+    assert "\n" not in str(caught.value)
+
+
+def test_root_and_names_are_required() -> None:
+    with pytest.raises(UserError, match="--root"):
+        load_dataset("folder")
+    with pytest.raises(UserError, match="--data mnist is unknown"):
+        load_dataset("mnist")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--on-bad-image"):
+        load_dataset("digits", on_bad_image="ignore")  # type: ignore[arg-type]
+
+
+def test_skipping_bad_images_counts_and_lists_them(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 4), *numbered("train/b", 3), *numbered("test/a", 2), *numbered("test/b", 1))
+    (tmp_path / "train/a/001.png").write_bytes(b"broken")
+    (tmp_path / "test/a/000.png").write_bytes(b"")
+    data = load(tmp_path, on_bad_image="skip")
+    assert data.counts.counts.tolist() == [3, 3]
+    assert data.test is not None
+    assert names(data.test) == ["test/a/001.png", "test/b/000.png"]
+    (note,) = data.notes
+    assert "left out: 2" in note
+    assert "train/a/001.png" in note
+    assert "test/a/000.png" in note
+
+
+def test_skipping_happens_before_thinning(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 6), *numbered("train/b", 6), "test/a/0.png", "test/b/0.png")
+    (tmp_path / "train/a/000.png").write_bytes(b"broken")
+    data = load(tmp_path, on_bad_image="skip", imbalance=1)
+    assert data.counts.counts.tolist() == [5, 5]
+
+
+def test_skipping_never_empties_a_class_silently(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 2), "train/b/0.png", "test/a/0.png")
+    (tmp_path / "train/b/0.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="no image of the class 'b'"):
+        load(tmp_path, on_bad_image="skip")
+    put(tmp_path, "train/b/0.png")
+    (tmp_path / "test/a/0.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="test split"):
+        load(tmp_path, on_bad_image="skip")
+
+
+def test_fingerprint_sees_names_sizes_labels_and_order_only(tmp_path: Path) -> None:
+    for root in (tmp_path / "one", tmp_path / "two"):
+        put(root, *numbered("train/a", 8), *numbered("train/b", 8), "test/a/0.png", "test/b/0.png")
+    (tmp_path / "two").rename(tmp_path / "elsewhere")
+    first, second = (load(tmp_path / name).fingerprint()["splits"] for name in ("one", "elsewhere"))
+    assert first == second
+    assert isinstance(first, dict)
+    assert {name: split["images"] for name, split in first.items()} == {"train": 16, "test": 2}
+    assert first["train"]["sha256"] != first["test"]["sha256"]
+
+    def digest(data: ImageDataset) -> object:
+        return data.fingerprint()["splits"]["train"]["sha256"]  # type: ignore[index]
+
+    whole = load(tmp_path / "one")
+    subsets = [digest(load(tmp_path / "one", imbalance=2, seed=seed)) for seed in (0, 0, 1)]
+    assert subsets[0] == subsets[1]
+    assert len({digest(whole), subsets[0], subsets[2]}) == 3
+    before = digest(whole)
+    path = tmp_path / "one/train/a/000.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert digest(whole) != before
+
+
+def test_a_dataset_of_ones_own_is_checked() -> None:
+    def dataset(labels: list[int], class_names: tuple[str, ...] = ("a", "b")) -> ImageDataset:
+        source = ArraySource(torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8), torch.tensor(labels))
+        return ImageDataset("own", class_names, source, None, None, 8, 3, (0.5,) * 3, (0.5,) * 3)
+
+    assert dataset([0, 1, 1]).counts.counts.tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"label 2 of the train split of own is out of range.* 0 … 1"):
+        dataset([0, 1, 2])
+    with pytest.raises(UserError, match="label -1"):
+        dataset([0, -1, 1])
+    with pytest.raises(UserError, match="no image of the class 'b'"):
+        dataset([0, 0])
+    with pytest.raises(UserError, match="only the class 'a'"):
+        dataset([0, 0], ("a",))
+    with pytest.raises(UserError, match=r"uint8 \[N,C,H,W\]"):
+        ArraySource(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="2 images need labels"):
+        FileSource(Path(), ("a.png", "b.png"), torch.tensor([0]))

@@ -1,0 +1,225 @@
+"""Both stores give the same batches, in order, whatever the number of workers; errors come through whole."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from otmix.data import (
+    ArraySource,
+    ImageDataset,
+    ImageStore,
+    ResidentStore,
+    ShiftFlip,
+    WindowFlip,
+    WorkerStore,
+    items_of,
+    open_store,
+    to_square,
+)
+from otmix.data.sources import FileSource, ImageSource
+from otmix.data.stores import Request
+from otmix.errors import UserError
+from otmix.types import Items
+
+REQUESTS = [([3, 1, 4, 1], 7), ([5], None), ([0, 2], 8), ([6, 5, 4, 3, 2], 7), ([1, 1], None)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """Seven pictures of different sizes and modes."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    paths = []
+    for i, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK", "RGB", "1"]):
+        pixels = random.integers(0, 256, (6 + i, 8 + 2 * (i % 3), 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((90 + 11 * i, 80 + 17 * (i % 4)), Image.Resampling.BICUBIC).convert(mode)
+        paths.append(f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+        image.save(root / paths[-1])
+    return FileSource(root, tuple(paths), torch.tensor([0, 1, 0, 1, 1, 0, 0]))
+
+
+@pytest.fixture(scope="module")
+def arrays() -> ArraySource:
+    images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ArraySource(images, torch.tensor([0, 1, 0, 1, 1, 0, 0]))
+
+
+def requests_of(source: ImageSource) -> Iterator[Request]:
+    everything = items_of(source)
+    return ((everything[torch.tensor(places)], seed) for places, seed in REQUESTS)
+
+
+def gather(store: ImageStore, source: ImageSource) -> list[torch.Tensor]:
+    batches = list(store.stream(requests_of(source)))
+    for batch, (places, _) in zip(batches, REQUESTS, strict=True):
+        assert batch.items.index is not None
+        assert batch.items.index.tolist() == places
+        assert torch.equal(batch.items.labels, source.labels[places])
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous()
+        assert 0 <= float(batch.images.min()) <= float(batch.images.max()) <= 1
+    return [batch.images for batch in batches]
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+@pytest.mark.parametrize("size", [16, 12])
+@pytest.mark.parametrize("augmentation", [None, ShiftFlip(2)])
+def test_all_stores_agree_on_small_images(
+    kind: str, size: int, augmentation: ShiftFlip | None, request: pytest.FixtureRequest
+) -> None:
+    source: ImageSource = request.getfixturevalue(kind)
+    resident = ResidentStore(source, size, "cpu", augmentation)
+    expected = gather(resident, source)
+    for workers in (0, 2):
+        store = WorkerStore(source, size, "cpu", augmentation, workers)
+        got = gather(store, source)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        items, seed = next(requests_of(source))
+        assert torch.equal(store.fetch(items, seed).images, expected[0])
+
+
+def test_large_images_do_not_depend_on_the_workers(files: FileSource) -> None:
+    augmentation = WindowFlip(72)
+    expected, *others = (gather(WorkerStore(files, 72, "cpu", augmentation, workers), files) for workers in (0, 1, 2))
+    for got in others:
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert expected[0].shape == (4, 3, 72, 72)
+    assert not torch.equal(expected[0][1], expected[0][3])  # one image twice in a batch is seen in two ways
+    evaluation = ResidentStore(files, 72, "cpu")
+    assert torch.equal(gather(evaluation, files)[1], expected[1])  # without a seed: the view of evaluation
+
+
+def test_values_are_the_images_over_255(arrays: ArraySource) -> None:
+    items = items_of(arrays)
+    for store in (ResidentStore(arrays, 16, "cpu"), WorkerStore(arrays, 16, "cpu", workers=0)):
+        assert torch.equal(store.fetch(items, None).images, arrays.images.float() / 255)
+        assert torch.equal(store.fetch(items, 1).images, arrays.images.float() / 255)  # nothing to draw
+    smaller = ResidentStore(arrays, 8, "cpu").fetch(items, None).images
+    assert torch.equal(smaller, to_square(arrays.images, 8).float() / 255)
+
+
+def test_augmentation_is_a_function_of_the_seed(arrays: ArraySource) -> None:
+    store = ResidentStore(arrays, 16, "cpu", ShiftFlip(2))
+    items = items_of(arrays)
+    first, again, other, plain = (store.fetch(items, seed).images for seed in (1, 1, 2, None))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(plain, arrays.images.float() / 255)
+
+
+def test_fetching_does_not_change_what_is_held(arrays: ArraySource) -> None:
+    source = arrays.select(torch.arange(7))
+    before = source.images.clone()
+    store = ResidentStore(source, 16, "cpu", ShiftFlip(2))
+    store.fetch(items_of(source), 3).images.zero_()
+    assert torch.equal(store.images, before)
+    assert torch.equal(source.images, before)
+
+
+def test_two_streams_at_once(arrays: ArraySource) -> None:
+    store = WorkerStore(arrays, 16, "cpu", workers=1)
+    pairs = list(zip(store.stream(requests_of(arrays)), store.stream(requests_of(arrays)), strict=True))
+    assert len(pairs) == len(REQUESTS)
+    assert all(torch.equal(a.images, b.images) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_leave_the_global_generator_alone(arrays: ArraySource, workers: int) -> None:
+    before = torch.random.get_rng_state()
+    list(WorkerStore(arrays, 16, "cpu", ShiftFlip(1), workers).stream(requests_of(arrays)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_is_named_without_a_traceback(files: FileSource, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "fine.png").write_bytes((files.root / "0.png").read_bytes())
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    source = FileSource(tmp_path, ("fine.png", "torn.png"), torch.tensor([0, 1]))
+    everything = items_of(source)
+    stream = WorkerStore(source, 72, "cpu", WindowFlip(72), workers).stream(
+        [(everything[:1], 1), (everything, 2), (everything[:1], 3)]
+    )
+    assert next(stream).images.shape == (1, 3, 72, 72)
+    with pytest.raises(UserError, match=r"torn\.png .*--on-bad-image skip") as caught:
+        next(stream)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"torn\.png"):
+        ResidentStore(source, 72, "cpu")
+
+
+def test_progress_is_told(files: FileSource) -> None:
+    steps: list[tuple[int, int]] = []
+    ResidentStore(files, 16, "cpu", progress=lambda done, n: steps.append((done, n)))
+    assert steps[-1] == (7, 7)
+
+
+def test_wrong_requests(arrays: ArraySource) -> None:
+    with pytest.raises(UserError, match="--workers -1"):
+        WorkerStore(arrays, 16, "cpu", workers=-1)
+    for store in (ResidentStore(arrays, 16, "cpu"), WorkerStore(arrays, 16, "cpu", workers=0)):
+        with pytest.raises(ValueError, match="no index"):
+            store.fetch(Items(torch.tensor([0])), None)
+        with pytest.raises(IndexError):
+            store.fetch(Items(torch.tensor([0]), torch.tensor([7])), None)
+
+
+def dataset_of(source: ImageSource, size: int, flip: bool = True) -> ImageDataset:
+    return ImageDataset("own", ("a", "b"), source, None, None, size, 3, (0.5,) * 3, (0.5,) * 3, flip)
+
+
+def test_what_fits_is_held_and_the_rest_is_read(arrays: ArraySource, files: FileSource) -> None:
+    small, large = dataset_of(arrays, 16), dataset_of(files, 72)
+    exactly = 7 * 3 * 16 * 16
+    assert isinstance(open_store(arrays, small, "cpu", train=True, resident_bytes=exactly), ResidentStore)
+    assert isinstance(open_store(arrays, small, "cpu", train=True, resident_bytes=exactly - 1), WorkerStore)
+    assert isinstance(open_store(files, large, "cpu", train=False), ResidentStore)
+    assert isinstance(open_store(files, large, "cpu", train=True), WorkerStore)  # needs the whole picture
+
+
+def test_open_store_augments_training_only(arrays: ArraySource, files: FileSource) -> None:
+    held = open_store(arrays, dataset_of(arrays, 16, flip=False), "cpu", train=True)
+    assert isinstance(held, ResidentStore)
+    assert held.augmentation == ShiftFlip(padding=2, flip=False)
+    for source, size in ((arrays, 16), (files, 72)):
+        dataset, items = dataset_of(source, size), items_of(source)
+        train, test = (open_store(source, dataset, "cpu", train=train, workers=0) for train in (True, False))
+        assert torch.equal(train.fetch(items, None).images, test.fetch(items, 5).images)
+        assert not torch.equal(train.fetch(items, 5).images, test.fetch(items, 5).images)
+
+
+def test_smallest_crop_reaches_the_windows(files: FileSource) -> None:
+    items, dataset = items_of(files), dataset_of(files, 72)
+    wide, narrow = (
+        open_store(files, dataset, "cpu", train=True, workers=0, smallest_crop=smallest).fetch(items, 1).images
+        for smallest in (1.0, 0.2)
+    )
+    assert not torch.equal(wide, narrow)
+
+
+def test_what_workers_are_given_can_be_pickled(files: FileSource) -> None:
+    """Where processes are spawned rather than forked, the reader travels."""
+    store = WorkerStore(files, 72, "cpu", WindowFlip(72), workers=0)
+    reader = pickle.loads(pickle.dumps(store._reader))
+    assert torch.equal(reader.read([1, 2], 3), store._reader.read([1, 2], 3))
+
+
+@pytest.mark.gpu
+def test_a_resident_store_never_waits_for_the_gpu(arrays: ArraySource) -> None:
+    store = ResidentStore(arrays, 16, "cuda", ShiftFlip(2))
+    items = items_of(arrays)
+    expected = ResidentStore(arrays, 16, "cpu", ShiftFlip(2)).fetch(items, 5).images
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = store.fetch(items, 5)
+        again = store.fetch(batch.items, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(batch.images, again.images)
+    assert torch.allclose(batch.images.cpu(), expected, atol=1e-6)
