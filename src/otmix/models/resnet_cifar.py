@@ -1,0 +1,78 @@
+"""ResNets for small images: depth 6n+2, widths 16-32-64, shortcuts without parameters (He et al. 2016, section 4.2).
+
+ResNet-32 is the network of the CIFAR tables of Gao et al. 2023 and of the papers they compare with (`ResNet_s` in
+LDAM's code).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+WIDTHS = (16, 32, 64)
+
+
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))), 3×3 convolutions without bias."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        # In place is safe: BatchNorm's backward reads its input, not its output. `x` itself is never written to.
+        return functional.relu(out.add_(self.shortcut(x)), inplace=True)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Option A: every second pixel, the new channels zero, half of them before and half after the old ones."""
+        if self.stride == 1 and self.padding == 0:
+            return x
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class CifarResNet(nn.Module):
+    """`images [B,C,H,W]` (normalised) to pooled features `[B,64]`; sides are quartered, rounding up (32 → 8, 8 → 2)."""
+
+    feature_dim = WIDTHS[-1]
+
+    def __init__(self, depth: int, channels: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"a ResNet for small images has depth 6n + 2 with n >= 1 (8, 20, 32, …), not {depth}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self._stages(out).mean((2, 3))
+
+    def official_features(self, x: Tensor) -> Tensor:
+        """The last map, flattened `[B,64·h·w]`, with no ReLU between the stem and the first stage.
+
+        The released code of OTmix takes its features from `nn.Sequential(*children[:-1])`, which loses what `forward`
+        does by functions.
+        """
+        return self._stages(self.bn1(self.conv1(x))).flatten(1)
+
+    def _stages(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer3(self.layer2(self.layer1(x)))
+        return out
+
+
+def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(width_in, width, stride)
+    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
