@@ -1,0 +1,70 @@
+"""What a loss is: built from the class counts, one value per image and label, combined by shares."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from otmix.types import ClassCounts, Output, Target
+
+Head = Literal["linear", "normed", "sigmoid"]
+Reduction = Literal["mean", "weighted-mean"]
+
+
+class Criterion(nn.Module):
+    """A classification loss for hard labels and for mixes of them. Subclasses write `per_label`; `label_free` and
+    `probabilities` where they differ.
+
+    `progress` is the share of the run's epochs that are finished; whatever changes during a run depends on it and on
+    nothing hidden. `head` names the classifier head the loss is defined on; it is checked when a run is built.
+    """
+
+    head: ClassVar[Head] = "linear"
+
+    def __init__(self, counts: ClassCounts) -> None:
+        super().__init__()
+        self.num_classes = counts.num_classes
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        """The loss of each image for one label each: `labels [B]` int64 -> `[B]` float32."""
+        raise TypeError(f"{type(self).__name__} must define per_label(output, labels, progress)")
+
+    def label_free(self, output: Output, progress: float) -> Tensor | None:
+        """A part of the loss that does not depend on labels, a scalar, counted once and unweighted; None where there is
+        none.
+        """
+        return None
+
+    def probabilities(self, output: Output) -> Tensor:
+        """Class probabilities `[B,K]` at test time."""
+        return output.logits.float().softmax(1)
+
+    def forward(
+        self,
+        output: Output,
+        target: Target,
+        class_weight: Tensor | None = None,
+        progress: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """The loss of a batch, a scalar: Σ_s share_s · w[label_s] · per_label(label_s) (eq. 10), plus `label_free`.
+
+        `class_weight [K]` weighs each term by its own label. `reduction` "mean" divides by B. "weighted-mean" is what
+        two calls of `F.cross_entropy(weight=w)` give, as in the released code: each of the two terms is divided by the
+        sum of its own batch's weights, so that a weight no longer trades one term off against the other.
+        """
+
+        def weighted(labels: Tensor) -> Tensor:
+            loss = self.per_label(output, labels, progress)
+            return loss if class_weight is None else loss * class_weight[labels]
+
+        if reduction == "weighted-mean" and class_weight is not None:
+            weights = class_weight[target.labels]  # [B,S]
+            losses = torch.stack([weighted(labels) for labels in target.labels.unbind(1)], dim=1)
+            loss = ((target.shares * losses).sum(0) / weights.sum(0)).sum()
+        else:
+            loss = target.combine(weighted).mean()
+        free = self.label_free(output, progress)
+        return loss if free is None else loss + free
