@@ -1,0 +1,60 @@
+"""How the model confuses the classes, estimated from named data (Gao et al. 2023, section 4, "Cost Function", and Table
+8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from otmix.counting import CountTable, normalise_rows
+from otmix.types import Confusion, ConfusionOrigin
+
+SOFT_TOP = 16
+"""How many of an image's largest class probabilities a soft count keeps where the table is sparse."""
+
+
+class ConfusionCounter:
+    """Adds up what the model said of images whose class is known, and turns it into a `Confusion`.
+
+    Soft counts add the class probabilities to the true class's row, hard counts add 1 in the column of the largest.
+    `add` never waits for the device. `decay` multiplies what was counted before each time an estimate is taken: 0
+    forgets it (each epoch counts afresh), 0.9 remembers about ten epochs, which a stream of mini-batches needs to have
+    seen the rare classes often enough.
+    """
+
+    def __init__(
+        self, num_classes: int, origin: ConfusionOrigin, *, decay: float = 0.0, device: torch.device | str = "cpu"
+    ) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1], not be {decay}")
+        self.origin = origin
+        self.decay = decay
+        self.table = CountTable(num_classes, device)
+
+    def add(self, labels: Tensor, log_probabilities: Tensor) -> None:
+        """Count images of true class `labels [n]`, of which the model said `log_probabilities [n,K]`."""
+        labels = labels.to(self.table.device)
+        said = log_probabilities.detach().to(self.table.device, torch.float32)
+        if not self.origin.soft:
+            self.table.add(labels, said.argmax(1))
+        elif self.table.sparse:
+            top, columns = said.topk(SOFT_TOP, dim=1)
+            self.table.add(labels[:, None].expand_as(columns).flatten(), columns.flatten(), top.exp().flatten())
+        else:
+            self.table.add_rows(labels, said.exp())
+
+    def estimate(self, add_up: Callable[[Tensor], Tensor] | None = None) -> Confusion | None:
+        """The rows of the counts, each divided by its sum; None when nothing has been counted. Then the counts fade by
+        `decay`.
+
+        `add_up` sums a dense tensor over all processes, so that each has the same matrix.
+        """
+        counts = self.table.gathered(add_up)
+        self.table.scale(self.decay)
+        seen = (
+            counts.values().numel() > 0 if counts.is_sparse else bool((counts > 0).any())
+        )  # once an epoch: waiting here is fine
+        return Confusion(normalise_rows(counts), self.origin) if seen else None

@@ -1,0 +1,110 @@
+"""When a batch is mixed, and the whole way from two batches to one mixed batch: pair, then mix (Algorithm 1 of Gao et
+al. 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from otmix.confusion import ConfusionCounter
+from otmix.errors import UserError
+from otmix.mixing import Mixer, leave_unmixed
+from otmix.pairing import Pairing, PairingContext
+from otmix.randomness import Moment
+from otmix.types import Batch, Embed, Embedded, Items, Mixed
+
+
+@dataclass(frozen=True)
+class MixSchedule:
+    """Which batches are mixed, and how much of them.
+
+    `probability` that a batch inside the window is mixed; `window`, the part of the epochs with mixing as fractions of
+    the stage, [start, end); `fraction` of the images within a mixed batch that are mixed (Table 7), the others staying
+    plain backgrounds.
+    """
+
+    probability: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("probability", self.probability), ("fraction", self.fraction)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"the {name} of mixing must lie in [0, 1], it is {value}")
+        if not 0.0 <= self.window[0] <= self.window[1] <= 1.0:
+            raise UserError(
+                f"the window of mixing must be two rising fractions of the run within [0, 1], it is {self.window}"
+            )
+
+    def mixes(self, moment: Moment) -> bool:
+        """Whether this step's batch is mixed: a function of the moment alone, the same on every process."""
+        if not self.window[0] <= moment.progress < self.window[1]:
+            return False
+        draw = torch.rand((), generator=replace(moment, rank=0).generator("mix-or-not"), dtype=torch.float64)
+        return float(draw) < self.probability
+
+    def which(self, moment: Moment, n: int) -> Tensor | None:
+        """The images of a batch of `n` that are mixed, bool `[n]` on the CPU; None for all of them."""
+        if self.fraction == 1.0:
+            return None
+        chosen = torch.zeros(n, dtype=torch.bool)
+        chosen[torch.randperm(n, generator=moment.generator("mixed-images"))[: round(self.fraction * n)]] = True
+        return chosen
+
+
+@dataclass(frozen=True)
+class BatchMixer:
+    """A pairing, a pixel rule and a schedule: everything between the two streams and the model."""
+
+    pairing: Pairing
+    mixer: Mixer
+    schedule: MixSchedule = MixSchedule()
+
+    def needs_foreground(self, moment: Moment) -> bool:
+        """Whether this step will look at the foreground stream at all."""
+        return self.pairing.from_foregrounds and self.schedule.mixes(moment)
+
+    def __call__(
+        self,
+        background: Batch,
+        foreground: Batch | None,
+        embed: Embed,
+        context: PairingContext,
+        counter: ConfusionCounter | None = None,
+    ) -> Mixed:
+        """Mix one batch, or return it as it is where the schedule says so.
+
+        `embed` is called with `foreground.items` and `background.items` only. `counter`, if given, counts how the model
+        confuses the backgrounds that the cost embedded (the "streamed" confusion: it costs no forward pass of its own).
+        """
+        moment = context.moment
+        if not self.schedule.mixes(moment):
+            return Mixed.unmixed(background)
+        if self.pairing.from_foregrounds and foreground is None:
+            raise ValueError("this pairing takes its foregrounds from a second stream; pass a foreground batch")
+        source = foreground if self.pairing.from_foregrounds and foreground is not None else background
+
+        def watched(items: Items) -> Embedded:
+            embedded = embed(items)
+            if counter is not None and items is background.items and embedded.log_probabilities is not None:
+                counter.add(items.labels, embedded.log_probabilities)
+            return embedded
+
+        pairs = self.pairing(source.items, background.items, watched, context)
+        height, width = background.images.shape[-2:]
+        drawn = self.mixer.draw(len(pairs), height, width, moment.generator("mix"))
+        # index pairs of equal batches need no copy: the i-th with the i-th
+        if pairs.by == "index" and len(pairs) == len(source) == len(background):
+            chosen_foreground, chosen_background = source, background
+        else:
+            chosen_foreground, chosen_background = source[pairs.foreground], background[pairs.background]
+        mixed = replace(self.mixer.apply(chosen_background, chosen_foreground, drawn), pairs=pairs)
+        which = self.schedule.which(moment, len(pairs))
+        if which is not None:
+            mixed = leave_unmixed(
+                mixed, background[: len(pairs)], which.to(background.images.device, non_blocking=True)
+            )
+        return mixed

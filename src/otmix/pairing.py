@@ -1,0 +1,173 @@
+"""Which background each foreground gets, and when (eq. 8 and Algorithm 1 of Gao et al. 2023).
+
+A pairing maps two lots of candidates to `Pairs`. It sees items and an `embed` callable, never pixels, so candidates can
+be chosen before they are loaded. Its random choices come from the moment in its context; its choices that depend on the
+model are made when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from otmix.costs import CombinedCost, Cost
+from otmix.errors import UserError
+from otmix.randomness import Moment
+from otmix.transport import sinkhorn
+from otmix.types import Confusion, Embed, Items, Pairs
+
+Selection = Literal["argmax", "sample", "softmax"]
+
+
+@dataclass(frozen=True)
+class PairingContext:
+    """What a pairing may depend on besides its candidates: where in the run it is, and the present confusion matrix."""
+
+    moment: Moment = field(default_factory=Moment)
+    confusion: Confusion | None = None
+
+
+class Pairing(Protocol):
+    """Chooses one background for each foreground. `from_foregrounds` is False where a batch is mixed with itself and
+    needs no foreground stream.
+    """
+
+    from_foregrounds: bool
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs: ...
+
+
+@dataclass(frozen=True)
+class IndexPairing:
+    """The i-th foreground goes into the i-th background: both were drawn independently, so this is a random pairing
+    (CMO, Park et al. 2022).
+    """
+
+    from_foregrounds = True
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        both = torch.arange(min(len(foreground), len(background)), device=background.labels.device)
+        return Pairs(both, both, by="index")
+
+
+@dataclass(frozen=True)
+class WithinBatchPairing:
+    """Each image is the background of another one of its own batch, by a uniformly random permutation (CutMix, Mixup,
+    Remix).
+    """
+
+    from_foregrounds = False
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        device = background.labels.device
+        partner = torch.randperm(len(background), generator=context.moment.generator("pairing")).to(
+            device, non_blocking=True
+        )
+        return Pairs(partner, torch.arange(len(background), device=device), by="within-batch")
+
+
+def _otmix_cost(confusion: Confusion | None) -> Cost:
+    return CombinedCost(confusion)
+
+
+@dataclass(frozen=True)
+class TransportPairing:
+    """Eq. 4 and 8: solve entropic transport between the two batches, then give foreground i the background with the
+    largest T[i, j].
+
+    `cost` builds the cost from the present confusion matrix (None before the first estimate). `select`: "argmax" (eq.
+    8); "sample", a draw from row i of the plan; "softmax", Table 4's "probability selection": a draw from softmax(T[i,
+    :]), which is nearly uniform because the entries of the plan are at most 1/f. Both masses are uniform: the sampling
+    already carries w_j.
+    """
+
+    from_foregrounds = True
+
+    cost: Callable[[Confusion | None], Cost] = _otmix_cost
+    epsilon: float = 0.01
+    max_iterations: int = 200
+    tolerance: float = 1e-3
+    select: Selection = "argmax"
+
+    @torch.no_grad()
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        embedded_foreground, embedded_background = embed(foreground), embed(background)
+        device = embedded_foreground.features.device
+        with torch.autocast(
+            device.type, enabled=False
+        ):  # a bfloat16 cost would round away differences of the size of epsilon
+            cost = self.cost(context.confusion)(embedded_foreground, embedded_background)
+            plan = sinkhorn(cost, epsilon=self.epsilon, max_iterations=self.max_iterations, tolerance=self.tolerance)
+            if self.select == "argmax":
+                chosen = plan.coupling.argmax(1)
+            else:
+                weights = plan.coupling if self.select == "sample" else plan.coupling.softmax(1)
+                # a race of exponential clocks with these rates: the noise can come from a CPU generator, and no host is
+                # needed
+                uniform = torch.rand(weights.shape, generator=context.moment.generator("pairing"), dtype=torch.float64)
+                finish = (-torch.log1p(-uniform)).to(device, torch.float32, non_blocking=True)
+                chosen = (finish / weights.clamp_min(torch.finfo(torch.float32).tiny)).argmin(1)
+        return Pairs(torch.arange(len(foreground), device=chosen.device), chosen, by="transport", plan=plan)
+
+
+@dataclass(frozen=True)
+class ConfusionPairing:
+    """Table 4's last row: foreground class k goes into a random background of the class that a finished run confuses k
+    with most.
+
+    Where that class is not in the batch, the background is drawn from the whole batch (the paper is silent on this).
+    """
+
+    from_foregrounds = True
+
+    confusion: Confusion
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        device = background.labels.device
+        every = torch.arange(self.confusion.num_classes, device=device)
+        partner = self.confusion.lookup(foreground.labels, every).argmax(1)
+        score = torch.rand(len(foreground), len(background), generator=context.moment.generator("pairing")).to(
+            device, non_blocking=True
+        )
+        score = score + (partner[:, None] == background.labels[None, :])
+        return Pairs(torch.arange(len(foreground), device=device), score.argmax(1), by="confusion")
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """`then` with probability (t/T)^power, else `first` (Algorithm 1, line 4; `power` is the mu of Fig. 8d).
+
+    The paper draws once a batch, with t from 1; the released code once an epoch, with t from 0.
+    """
+
+    from_foregrounds = True
+
+    first: Pairing
+    then: Pairing
+    power: float = 1.0
+    per: Literal["batch", "epoch"] = "batch"
+    one_based: bool = True
+
+    def __post_init__(self) -> None:
+        if self.power < 0:
+            raise UserError(f"the power of the curriculum must not be negative, it is {self.power}; the paper has 1")
+
+    def probability(self, moment: Moment) -> float:
+        """(t/T)^power at this epoch."""
+        return float(((moment.epoch + self.one_based) / moment.epochs) ** self.power)
+
+    def choose(self, moment: Moment) -> Pairing:
+        """The pairing of this step: a function of the moment alone. All processes choose alike."""
+        place = (
+            moment.at_epoch()
+            if self.per == "epoch"
+            else Moment(moment.seed, moment.stage, moment.epoch, moment.epochs, moment.step)
+        )
+        draw = float(torch.rand((), generator=place.generator("curriculum"), dtype=torch.float64))
+        return self.then if draw < self.probability(moment) else self.first
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        return self.choose(context.moment)(foreground, background, embed, context)

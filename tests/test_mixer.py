@@ -1,0 +1,116 @@
+"""When a batch is mixed, and that the way from two batches to a mix keeps images, labels and shares together."""
+
+import pytest
+import torch
+
+from otmix.confusion import ConfusionCounter
+from otmix.errors import UserError
+from otmix.mixer import BatchMixer, MixSchedule
+from otmix.mixing import CutMix
+from otmix.pairing import Curriculum, IndexPairing, PairingContext, TransportPairing, WithinBatchPairing
+from otmix.randomness import Moment
+from otmix.types import Batch, ConfusionOrigin, Embedded, Items
+
+K = 5
+
+
+def batch(n: int, seed: int) -> Batch:
+    """Each image is constant, its value 10 · label + place / 100 + seed: a pixel tells where it came from."""
+    labels = torch.randint(K, (n,), generator=torch.Generator().manual_seed(seed))
+    values = 10.0 * labels + torch.arange(n) / 100 + 100 * seed
+    return Batch(Items(labels), values[:, None, None, None].expand(n, 1, 8, 8).clone())
+
+
+def look(items: Items) -> Embedded:
+    n = len(items)
+    g = torch.Generator().manual_seed(n)
+    return Embedded(items, torch.randn(n, 4, generator=g), torch.full((n, K), 1 / K).log())
+
+
+@pytest.mark.parametrize("pairing", [IndexPairing(), TransportPairing(), WithinBatchPairing()])
+def test_pixels_labels_and_shares_stay_together(pairing: IndexPairing | TransportPairing | WithinBatchPairing) -> None:
+    back, fore = batch(12, 1), batch(12, 2)
+    mixed = BatchMixer(pairing, CutMix())(back, fore, look, PairingContext(Moment()))
+    assert mixed.pairs is not None
+    source = fore if pairing.from_foregrounds else back
+    for i in range(12):
+        f, b = int(mixed.pairs.foreground[i]), int(mixed.pairs.background[i])
+        pixels = mixed.images[i].flatten()
+        from_back = (pixels == back.images[b, 0, 0, 0]).float().mean()
+        assert float(from_back) == pytest.approx(float(mixed.image_share[i]))
+        assert set(pixels.tolist()) <= {float(back.images[b, 0, 0, 0]), float(source.images[f, 0, 0, 0])}
+        assert mixed.target.labels[i].tolist() == [int(back.items.labels[b]), int(source.items.labels[f])]
+        assert mixed.target.shares[i].tolist() == pytest.approx([float(from_back), 1 - float(from_back)])
+
+
+def test_an_unmixed_batch_is_the_background_batch() -> None:
+    back = batch(6, 1)
+    mixed = BatchMixer(IndexPairing(), CutMix(), MixSchedule(probability=0.0))(
+        back, None, look, PairingContext(Moment())
+    )
+    assert mixed.images is back.images
+    assert mixed.target.labels.tolist() == back.items.labels[:, None].tolist()
+    assert not mixed.mixed.any()
+    assert mixed.pairs is None
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.125])
+def test_fraction_is_the_share_of_images_within_a_mixed_batch(fraction: float) -> None:
+    """Table 7: the other images are plain backgrounds, at their own places."""
+    back, fore = batch(16, 1), batch(16, 2)
+    mixed = BatchMixer(TransportPairing(), CutMix(), MixSchedule(fraction=fraction))(
+        back, fore, look, PairingContext(Moment(step=3))
+    )
+    assert int(mixed.mixed.sum()) == round(16 * fraction)
+    rest = ~mixed.mixed
+    assert torch.equal(mixed.images[rest], back.images[rest])
+    assert torch.equal(mixed.soft_labels(K)[rest], torch.nn.functional.one_hot(back.items.labels[rest], K).float())
+
+
+def test_probability_and_window_of_the_released_code() -> None:
+    """Strictly 3 < e < 237 of 240, and half of the batches inside."""
+    schedule = MixSchedule(0.5, (4 / 240, 237 / 240))
+    steps = 97
+    shares = [
+        sum(schedule.mixes(Moment(epoch=e, epochs=240, step=s)) for s in range(steps)) / steps for e in range(240)
+    ]
+    assert shares[:4] == [0] * 4
+    assert shares[237:] == [0] * 3
+    assert all(0.2 < share < 0.8 for share in shares[4:237])
+    assert sum(shares[4:237]) / 233 == pytest.approx(0.5, abs=0.01)
+
+
+def test_all_processes_agree_on_mixing() -> None:
+    schedule = MixSchedule(0.5)
+    for step in range(40):
+        assert schedule.mixes(Moment(step=step, rank=0)) == schedule.mixes(Moment(step=step, rank=1))
+
+
+def test_a_missing_foreground_is_named() -> None:
+    with pytest.raises(ValueError, match="foreground batch"):
+        BatchMixer(IndexPairing(), CutMix())(batch(4, 1), None, look, PairingContext(Moment()))
+
+
+def test_only_the_backgrounds_are_counted_and_only_when_the_cost_embeds_them() -> None:
+    back, fore = batch(6, 1), batch(9, 2)
+    counter = ConfusionCounter(K, ConfusionOrigin())
+    mixer = BatchMixer(Curriculum(IndexPairing(), TransportPairing(), power=0.0), CutMix())
+    mixer(back, fore, look, PairingContext(Moment()), counter)
+    torch.testing.assert_close(counter.table.value.sum(1), torch.bincount(back.items.labels, minlength=K).float())
+    counter = ConfusionCounter(K, ConfusionOrigin())
+    BatchMixer(IndexPairing(), CutMix())(back, fore, look, PairingContext(Moment()), counter)
+    assert not counter.table.value.any()
+
+
+def test_same_moment_same_mix() -> None:
+    back, fore = batch(12, 1), batch(12, 2)
+    mixer = BatchMixer(TransportPairing(), CutMix())
+    a, b, c = (mixer(back, fore, look, PairingContext(Moment(step=s))) for s in (5, 5, 6))
+    assert torch.equal(a.images, b.images)
+    assert not torch.equal(a.images, c.images)
+
+
+@pytest.mark.parametrize("values", [{"probability": 1.5}, {"fraction": -0.1}, {"window": (0.5, 0.2)}])
+def test_impossible_schedules_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        MixSchedule(**values)  # type: ignore[arg-type]

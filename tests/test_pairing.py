@@ -1,0 +1,165 @@
+"""Who is pasted into whom."""
+
+import pytest
+import torch
+
+from otmix.costs import CombinedCost
+from otmix.pairing import (
+    ConfusionPairing,
+    Curriculum,
+    IndexPairing,
+    Pairing,
+    PairingContext,
+    TransportPairing,
+    WithinBatchPairing,
+)
+from otmix.randomness import Moment
+from otmix.types import Confusion, ConfusionOrigin, Embed, Embedded, Items
+
+
+def items(*labels: int) -> Items:
+    return Items(torch.tensor(labels))
+
+
+def looker(features: dict[int, torch.Tensor]) -> Embed:
+    return lambda it: Embedded(it, features[id(it)])
+
+
+def never(it: Items) -> Embedded:
+    raise AssertionError("this pairing must not look at the images")
+
+
+def context(epoch: int = 0, epochs: int = 10, step: int = 0, seed: int = 0) -> PairingContext:
+    return PairingContext(Moment(seed=seed, epoch=epoch, epochs=epochs, step=step))
+
+
+def test_index_pairs_the_ith_with_the_ith() -> None:
+    pairs = IndexPairing()(items(1, 2, 3), items(0, 0), never, context())
+    assert pairs.foreground.tolist() == pairs.background.tolist() == [0, 1]
+
+
+def test_within_batch_is_a_permutation_that_changes_with_the_step() -> None:
+    batch = items(*range(50))
+    first, again, other = (WithinBatchPairing()(batch, batch, never, context(step=s)) for s in (0, 0, 1))
+    assert sorted(first.foreground.tolist()) == list(range(50)) == first.background.tolist()
+    assert first.foreground.tolist() == again.foreground.tolist() != other.foreground.tolist()
+
+
+def test_transport_finds_the_obvious_partner() -> None:
+    fore, back = items(0, 0, 0), items(1, 1, 1)
+    features = {id(fore): torch.eye(3), id(back): torch.eye(3)[[2, 0, 1]]}
+    pairs = TransportPairing(lambda f: CombinedCost(f, omega=1.0))(fore, back, looker(features), context())
+    assert pairs.background.tolist() == [1, 2, 0]
+    assert pairs.by == "transport"
+    assert pairs.plan is not None
+    assert bool(pairs.plan.converged)
+
+
+def test_transport_is_not_the_greedy_choice() -> None:
+    """Both foregrounds are nearest to background 0; the marginals send one of them to background 1."""
+    fore, back = items(0, 0), items(1, 1)
+    features = {id(fore): torch.tensor([[1.0, 0.0], [0.9, 0.3]]), id(back): torch.tensor([[1.0, 0.1], [0.2, 1.0]])}
+    cost = CombinedCost(omega=1.0)(Embedded(fore, features[id(fore)]), Embedded(back, features[id(back)]))
+    assert cost.argmin(1).tolist() == [0, 0]
+    pairs = TransportPairing(lambda f: CombinedCost(f, omega=1.0))(fore, back, looker(features), context())
+    assert pairs.background.tolist() == [0, 1]
+
+
+def test_more_foregrounds_than_backgrounds() -> None:
+    fore, back = items(*[0] * 5), items(1, 1)
+    g = torch.Generator().manual_seed(0)
+    features = {id(fore): torch.randn(5, 4, generator=g), id(back): torch.randn(2, 4, generator=g)}
+    pairs = TransportPairing()(fore, back, looker(features), context())
+    assert pairs.foreground.tolist() == [0, 1, 2, 3, 4]
+    assert set(pairs.background.tolist()) <= {0, 1}
+
+
+def test_the_cost_gets_the_present_confusion() -> None:
+    fore, back = items(0, 1), items(2, 3)
+    features = {id(fore): torch.ones(2, 2), id(back): torch.ones(2, 2)}
+    matrix = torch.tensor([[0.0, 0, 0.1, 0.9], [0, 0.0, 0.9, 0.1], [0, 0, 1, 0], [0, 0, 0, 1]])
+    seen = PairingContext(Moment(), Confusion(matrix, ConfusionOrigin()))
+    assert TransportPairing()(fore, back, looker(features), seen).background.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("select", ["sample", "softmax"])
+def test_selection_follows_its_law(select: str) -> None:
+    """2000 draws of one row against its probabilities; the softmax of a plan is nearly uniform (Table 4)."""
+    fore, back = items(0), items(1, 1, 1)
+    features = {id(fore): torch.tensor([[1.0, 0.0]]), id(back): torch.tensor([[1.0, 0.2], [1.0, 0.1], [1.0, 0.0]])}
+    pairing = TransportPairing(lambda f: CombinedCost(f, omega=1.0), epsilon=0.05, select=select)  # type: ignore[arg-type]
+    counts = torch.zeros(3)
+    plan = None
+    for step in range(2000):
+        pairs = pairing(fore, back, looker(features), context(step=step))
+        counts[pairs.background] += 1
+        plan = pairs.plan
+    assert plan is not None
+    row = plan.coupling[0] if select == "sample" else plan.coupling[0].softmax(0)
+    assert (counts / 2000 - row / row.sum()).abs().max() < 0.04
+
+
+def test_autocast_does_not_reach_the_cost() -> None:
+    fore, back = items(*[0] * 16), items(*[1] * 16)
+    g = torch.Generator().manual_seed(0)
+    features = {id(fore): torch.randn(16, 32, generator=g), id(back): torch.randn(16, 32, generator=g)}
+    plain = TransportPairing()(fore, back, looker(features), context())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = TransportPairing()(fore, back, looker(features), context())
+    assert plain.plan is not None
+    assert under.plan is not None
+    assert torch.equal(plain.plan.coupling, under.plan.coupling)
+
+
+def test_fixed_confusion_takes_the_most_confused_class_or_any() -> None:
+    matrix = torch.tensor([[0.5, 0.1, 0.4], [0.9, 0.05, 0.05], [0.0, 0.0, 1.0]])
+    pairing = ConfusionPairing(Confusion(matrix, ConfusionOrigin(adaptive=False)))
+    fore, back = items(0, 1, 1), items(2, 0, 2, 0)
+    met: list[set[int]] = [set(), set(), set()]
+    for step in range(60):
+        for i, j in enumerate(pairing(fore, back, never, context(step=step)).background.tolist()):
+            met[i].add(j)
+    assert met == [{0, 2}, {1, 3}, {1, 3}]  # class 0 is most confused with 2 (not with itself), class 1 with 0
+    absent = {int(pairing(items(0), items(1, 1, 0), never, context(step=s)).background) for s in range(60)}
+    assert absent == {0, 1, 2}
+
+
+class Named:
+    """A pairing that only says who it is."""
+
+    from_foregrounds = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def share_of_then(curriculum: Curriculum, epoch: int, epochs: int, steps: int) -> float:
+    chosen = [curriculum.choose(Moment(epoch=epoch, epochs=epochs, step=s)).name for s in range(steps)]  # type: ignore[attr-defined]
+    return chosen.count("then") / steps
+
+
+def pair_of_names() -> tuple[Pairing, Pairing]:
+    return Named("first"), Named("then")  # type: ignore[return-value]
+
+
+def test_curriculum_is_bernoulli_t_over_t_to_the_mu() -> None:
+    first, then = pair_of_names()
+    for power in (0.5, 1.0, 2.0):
+        curriculum = Curriculum(first, then, power)
+        for epoch in (0, 4, 9):
+            assert curriculum.probability(Moment(epoch=epoch, epochs=10)) == pytest.approx(((epoch + 1) / 10) ** power)
+            assert share_of_then(curriculum, epoch, 10, 1500) == pytest.approx(((epoch + 1) / 10) ** power, abs=0.045)
+
+
+def test_curriculum_from_zero_never_transports_in_the_first_epoch_and_per_epoch_is_all_or_nothing() -> None:
+    first, then = pair_of_names()
+    assert share_of_then(Curriculum(first, then, one_based=False), 0, 10, 300) == 0
+    shares = {share_of_then(Curriculum(first, then, per="epoch"), epoch, 40, 20) for epoch in range(40)}
+    assert shares == {0.0, 1.0}
+
+
+def test_all_processes_choose_alike() -> None:
+    curriculum = Curriculum(*pair_of_names())
+    for step in range(50):
+        a, b = (curriculum.choose(Moment(epoch=4, epochs=10, step=step, rank=rank)) for rank in (0, 1))
+        assert a is b
