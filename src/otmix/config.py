@@ -1,0 +1,223 @@
+"""A run as one typed value. The command line's flags and YAML files are views of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from otmix.errors import UserError
+from otmix.protocols import Overrides, Protocol, ProtocolName, resolve
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed
+NOT_IDENTITY = ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of one training run.
+
+    None stands for a default that depends on the data; `with_defaults` fills it in. A run directory records the
+    filled-in values.
+
+    Args:
+        data: where the images come from.
+        root: folder of the data (required for `folder`; for CIFAR, where the archive is or is downloaded to).
+        imbalance: thin the training classes to this ratio of the largest to the smallest (default 100 for CIFAR, 20 for
+            digits, untouched for a folder).
+        max_per_class: at most this many training images in the largest class.
+        validation_per_class: take this many validation images per class out of the training images (CIFAR: unused ones
+            first).
+        test_fraction: share of each class held out for testing when a folder has no test split.
+        image_size: side of the square image the model sees, in pixels.
+        on_bad_image: stop at a broken image, or skip it and list it.
+        download: may CIFAR be downloaded.
+        method: `[loss][-drw][+mixer]`; see `otmix methods`.
+        protocol: clean (ours), paper, or official (the released code; looks at the test set).
+        set: single settings of the protocol changed, e.g. `--set.alpha 1`.
+        backbone: resnet8/20/32 for small images, or `timm/<name>`.
+        pretrained: start timm backbones from pretrained weights (default: yes for large images).
+        weights: file with pretrained weights (.safetensors, .pt, .pth) instead of a download.
+        epochs: passes over the training images.
+        batch_size: images per step, over all processes together.
+        optimizer: sgd (momentum .9) or adamw.
+        lr: initial learning rate.
+        weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
+        nesterov: Nesterov momentum for sgd.
+        schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, as in the paper) or cosine.
+        warmup: share of the run during which the learning rate rises linearly.
+        evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
+            are none).
+        final_split: the images that the result is measured on, once, at the end.
+        seed: of every random choice.
+        accelerator: auto, cpu, cuda or mps.
+        devices: processes on this machine, one device each.
+        num_nodes: machines.
+        precision: number format of the training step.
+        compile: compile the model with torch.compile.
+        workers: processes that read images where they are not kept in memory.
+        checkpoint_minutes: a checkpoint is written at the end of each epoch, and after this many minutes within one.
+        out: folder of the run (default: under $OTMIX_RUNS or ./runs, named after what it is).
+        resume: go on with the run in `out`; start it if there is none.
+    """
+
+    data: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
+    root: str | None = None
+    imbalance: float | None = None
+    max_per_class: int | None = None
+    validation_per_class: int | None = None
+    test_fraction: float = 0.2
+    image_size: int | None = None
+    on_bad_image: Literal["error", "skip"] = "error"
+    download: bool = True
+    method: str = "otmix"
+    protocol: ProtocolName = "clean"
+    set: Overrides = field(default_factory=Overrides)
+    backbone: str | None = None
+    pretrained: bool | None = None
+    weights: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    nesterov: bool = False
+    schedule: Literal["steps", "cosine"] | None = None
+    warmup: float = 0.0
+    evaluate_every: int = 1
+    final_split: Literal["test", "validation"] = "test"
+    seed: int = 0
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: Precision = "32-true"
+    compile: bool = False
+    workers: int = 2
+    checkpoint_minutes: float = 10.0
+    out: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "epochs": 1,
+            "batch_size": 1,
+            "evaluate_every": 1,
+            "devices": 1,
+            "num_nodes": 1,
+            "workers": 0,
+            "max_per_class": 1,
+            "image_size": 4,
+        }
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"--lr must be a positive number, it is {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"--warmup is the share of the run that warms up, in [0, 1); it is {self.warmup}")
+        if self.imbalance is not None and not self.imbalance >= 1:
+            raise UserError(
+                f"--imbalance is the ratio of the largest class to the smallest, 1 or more; it is {self.imbalance}"
+            )
+
+    @property
+    def protocol_settings(self) -> Protocol:
+        """The protocol with the single settings changed. Raises UserError where a value is out of range."""
+        return resolve(self.protocol, self.set)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a run's config.yaml; `set` holds only what was changed."""
+        values = asdict(self)
+        values["set"] = {key: value for key, value in values["set"].items() if value is not None}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`. Raises UserError for an unknown key."""
+        known, changeable = {f.name for f in fields(cls)}, {f.name for f in fields(Overrides)}
+        changed = values.get("set") or {}
+        unknown = [key for key in values if key not in known] + [
+            f"set.{key}" for key in changed if key not in changeable
+        ]
+        if unknown:
+            raise UserError(f"unknown setting {', '.join(unknown)}; `otmix train --print_config` shows all there are")
+        return cls(**{**values, "set": Overrides(**changed)})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part of `to_dict` that decides the result, the method by its canonical name."""
+        from otmix.methods import parse_method
+
+        values = {key: value for key, value in self.to_dict().items() if key not in NOT_IDENTITY}
+        return values | {"method": parse_method(self.method).name}
+
+    @property
+    def hash(self) -> str:
+        """Ten hexadecimal digits that name the identity."""
+        return hashlib.blake2b(
+            json.dumps(self.identity, sort_keys=True, default=str).encode(), digest_size=5
+        ).hexdigest()
+
+    def difference(self, other: RunConfig) -> list[str]:
+        """Where another run's identity differs: "epochs: 200 here, 240 there"."""
+        mine, theirs = self.identity, other.identity
+        return [f"{key}: {mine[key]} here, {theirs[key]} there" for key in mine if mine[key] != theirs[key]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train on one kind of data unless told otherwise."""
+
+    epochs: int
+    batch_size: int
+    optimizer: Literal["sgd", "adamw"]
+    lr: float
+    weight_decay: float
+    schedule: Literal["steps", "cosine"]
+
+
+RECIPES: dict[str, Recipe] = {
+    "cifar": Recipe(240, 128, "sgd", 0.1, 2e-4, "steps"),  # paper, section 5.1; weight decay from the released code
+    "digits": Recipe(120, 64, "sgd", 0.1, 5e-4, "steps"),  # the shape of the paper's recipe in a minute on two cores
+    "small": Recipe(240, 128, "sgd", 0.1, 2e-4, "steps"),  # a folder of small images: as CIFAR
+    "large-pretrained": Recipe(
+        30, 32, "adamw", 1e-4, 0.05, "cosine"
+    ),  # common fine-tuning practice; the paper trains ImageNet-LT 200 epochs from scratch
+    "large": Recipe(100, 64, "adamw", 1e-3, 0.05, "cosine"),
+}
+
+
+def recipe_name(data: str, small: bool, pretrained: bool) -> str:
+    """Which recipe a run follows."""
+    if data in ("cifar10", "cifar100"):
+        return "cifar"
+    if data == "digits":
+        return "digits"
+    return "small" if small else "large-pretrained" if pretrained else "large"
+
+
+def with_defaults(config: RunConfig, *, small: bool, backbone: str, image_size: int) -> RunConfig:
+    """Every None that depends on the data filled in, so that the record of a run says what was done."""
+    backbone = config.backbone or backbone
+    pretrained = config.pretrained
+    if pretrained is None:
+        pretrained = not small and backbone.startswith("timm/") and config.weights is None
+    recipe = RECIPES[recipe_name(config.data, small, pretrained or config.weights is not None)]
+    chosen = {
+        f.name: getattr(config, f.name) if getattr(config, f.name) is not None else getattr(recipe, f.name)
+        for f in fields(Recipe)
+    }
+    return replace(config, backbone=backbone, pretrained=pretrained, image_size=image_size, **chosen)
+
+
+def default_run_dir(config: RunConfig, runs: Path) -> Path:
+    """`<runs>/<data>-<method>-<protocol>-seed<seed>-<hash>`."""
+    from otmix.methods import parse_method
+
+    return runs / f"{config.data}-{parse_method(config.method).name}-{config.protocol}-seed{config.seed}-{config.hash}"

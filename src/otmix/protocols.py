@@ -1,0 +1,192 @@
+"""The three ways to run OTmix: as the paper says, as its released code does, and ours.
+
+The released code departs from the paper in many places. Each departure is one field of `Protocol`; a protocol sets them
+together. `official` exists to show what its leak is worth: it looks at the test set, and says so wherever its numbers
+appear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from otmix.errors import UserError
+
+ProtocolName = Literal["clean", "paper", "official"]
+ForegroundLaw = Literal["inverse-frequency", "effective-number"]
+ConfusionFrom = Literal["streamed", "held-out", "validation", "balanced-train", "train", "test"]
+
+
+def _setting(default: Any, meaning: str, why: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "why": why})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every setting on which the paper, its released code and this library differ. The defaults are `clean`'s."""
+
+    mix_probability: float = _setting(
+        0.5,
+        "probability that a batch inside the window is mixed",
+        "paper, Algorithm 1: 1. Released code: 0.5, as in CMO's; mixing all hurt in our prototypes",
+    )
+    mix_from: float = _setting(
+        4 / 240,
+        "share of the run before mixing begins",
+        "released code: not in epochs 0 to 3 of 240. The paper has no margin",
+    )
+    mix_until: float = _setting(
+        237 / 240, "share of the run after which mixing stops", "released code: not in the last 3 of 240 epochs"
+    )
+    mix_fraction: float = _setting(1.0, "share of the images within a mixed batch that are mixed", "paper, Table 7")
+    curriculum_power: float = _setting(
+        1.0, "mu in Bernoulli((t/T)^mu), the probability of transport instead of random pairing", "paper, Fig. 8d"
+    )
+    curriculum_per: Literal["batch", "epoch"] = _setting(
+        "batch", "how often the Bernoulli is drawn", "paper, Algorithm 1: per batch. Released code: per epoch"
+    )
+    curriculum_one_based: bool = _setting(
+        True, "whether t counts from 1", "paper, Algorithm 1: yes. Released code: from 0"
+    )
+    foreground_law: ForegroundLaw = _setting(
+        "inverse-frequency",
+        "law of the foreground classes",
+        "paper, eq. 3: either may be used; its experiments use the inverse frequency",
+    )
+    foreground_r: float = _setting(
+        1.0,
+        "r in q_k ~ n_k^-r, the probability of a foreground class",
+        "paper, eq. 3 and section 5.1: 1. Released code: its weighted_alpha=1 is a weight 1/n per image, that is r = 0",
+    )
+    alpha: float = _setting(4.0, "Beta(alpha, alpha) of the background's share", "paper, section 5.1")
+    box: Literal["exact", "clipped"] = _setting(
+        "exact",
+        "how the box is placed: exact has area 1 - lambda and lies inside the image; clipped has a uniform centre and "
+        "loses what sticks out",
+        "paper, eq. 11 (area exactly 1 - lambda). Released code: clipped and floored, the background keeps .69 of the "
+        "image on average",
+    )
+    box_per: Literal["batch", "image"] = _setting(
+        "batch", "one box and share for a batch, or for each image", "released code; the paper is silent"
+    )
+    features: Literal["pooled", "official"] = _setting(
+        "pooled",
+        "features of the cost: pooled g1(x) in eval mode without gradient; or the released code's flattened last map "
+        "in train mode with gradient",
+        "paper, section 4 (silent on mode and gradient). The released code's passes move BatchNorm's running "
+        "statistics",
+    )
+    omega: float = _setting(0.05, "share of the feature cost in eq. 7", "paper, section 5.1")
+    metric: Literal["cosine", "euclidean"] = _setting(
+        "cosine", "distance of the feature cost", "paper, eq. 5 and Table 4"
+    )
+    keep_diagonal: bool = _setting(
+        False, "keep the diagonal of F", "paper, section 4: zeroed. Table 4: 'keeping same category'"
+    )
+    epsilon: float = _setting(
+        0.01, "weight of the entropy in eq. 4", "paper, section 5.1. The released iNaturalist script has 0.1"
+    )
+    select: Literal["argmax", "sample", "softmax"] = _setting(
+        "argmax", "how a background is chosen from a row of the plan", "paper, eq. 8 and Table 4"
+    )
+    confusion_from: ConfusionFrom = _setting(
+        "streamed",
+        "the data F is estimated from; streamed: the training backgrounds that the cost embeds anyway; held-out: a "
+        "validation split if the data has one, "
+        "else a balanced subset of training",
+        "paper, section 4: held-out, each epoch. Released code: the test set, each epoch. Streamed costs no forward "
+        "pass",
+    )
+    confusion_soft: bool = _setting(
+        True, "sum class probabilities in F instead of hard predictions", "paper and released code: hard predictions"
+    )
+    confusion_per_class: int = _setting(
+        50, "images per class of a balanced training subset", "ours; the paper says 'small'"
+    )
+    weighted_mean: Literal["mean", "weighted-mean"] = _setting(
+        "mean",
+        "how a class-weighted mixed loss is averaged",
+        "released code: each of the two terms is divided by the sum of its own batch's weights",
+    )
+    headline: Literal["last", "best-on-test"] = _setting(
+        "last", "which epoch's model is the result", "released code: the best epoch on the test set"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise UserError(f"epsilon must be positive, it is {self.epsilon}; the paper has 0.01")
+        if not 0 <= self.omega <= 1:
+            raise UserError(f"omega must lie in [0, 1], it is {self.omega}; the paper has 0.05")
+        if not self.alpha > 0:
+            raise UserError(f"alpha must be positive, it is {self.alpha}; the paper has 4")
+        if self.confusion_per_class < 1:
+            raise UserError(f"confusion_per_class must be at least 1, it is {self.confusion_per_class}")
+
+    @property
+    def looks_at_test(self) -> bool:
+        """Whether the test set has any influence on training or selection."""
+        return self.confusion_from == "test" or self.headline == "best-on-test"
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "clean": Protocol(),
+    "paper": Protocol(
+        mix_probability=1.0, mix_from=0.0, mix_until=1.0, confusion_from="held-out", confusion_soft=False
+    ),
+    "official": Protocol(
+        curriculum_per="epoch",
+        curriculum_one_based=False,
+        foreground_r=0.0,
+        box="clipped",
+        features="official",
+        confusion_from="test",
+        confusion_soft=False,
+        weighted_mean="weighted-mean",
+        headline="best-on-test",
+    ),
+}
+
+PROTOCOL_TITLES: dict[ProtocolName, str] = {
+    "clean": "clean: our defaults; the test split is used once, at the end",
+    "paper": "paper: Algorithm 1 and the paper's equations to the letter",
+    "official": "official: as the released code does; F and the reported epoch are chosen on the TEST set",
+}
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Single settings of a protocol changed: each field of `Protocol`, None where the protocol's own value stands."""
+
+    mix_probability: float | None = None
+    mix_from: float | None = None
+    mix_until: float | None = None
+    mix_fraction: float | None = None
+    curriculum_power: float | None = None
+    curriculum_per: Literal["batch", "epoch"] | None = None
+    curriculum_one_based: bool | None = None
+    foreground_law: ForegroundLaw | None = None
+    foreground_r: float | None = None
+    alpha: float | None = None
+    box: Literal["exact", "clipped"] | None = None
+    box_per: Literal["batch", "image"] | None = None
+    features: Literal["pooled", "official"] | None = None
+    omega: float | None = None
+    metric: Literal["cosine", "euclidean"] | None = None
+    keep_diagonal: bool | None = None
+    epsilon: float | None = None
+    select: Literal["argmax", "sample", "softmax"] | None = None
+    confusion_from: ConfusionFrom | None = None
+    confusion_soft: bool | None = None
+    confusion_per_class: int | None = None
+    weighted_mean: Literal["mean", "weighted-mean"] | None = None
+    headline: Literal["last", "best-on-test"] | None = None
+
+
+def resolve(name: ProtocolName, overrides: Overrides | None = None) -> Protocol:
+    """A protocol with some of its settings changed; `overrides` is an `Overrides`, or None. Raises UserError for an
+    unknown name or a bad value.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"there is no protocol named {name!r}; choose one of {', '.join(PROTOCOLS)}")
+    changed = {} if overrides is None else {f.name: getattr(overrides, f.name) for f in fields(Protocol)}
+    return replace(PROTOCOLS[name], **{key: value for key, value in changed.items() if value is not None})
