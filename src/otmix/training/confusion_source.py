@@ -1,0 +1,95 @@
+"""Where F comes from during training: the arrow that runs backwards, once an epoch, from named data (Table 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otmix.confusion import ConfusionCounter
+from otmix.data import ImageStore
+from otmix.models import embed
+from otmix.protocols import Protocol
+from otmix.randomness import generator
+from otmix.training.processes import summed
+from otmix.training.stage import StepState
+from otmix.types import ClassCounts, Confusion, ConfusionOrigin, Items
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+STREAM_DECAY = 0.9
+"""What a streamed count keeps from one epoch to the next: about ten epochs of memory, so that classes met once in two
+batches have a row.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class ConfusionSource:
+    """Estimates F after each epoch: from what training counted meanwhile (`items` None), or by a pass over `items` of
+    `store`.
+    """
+
+    fabric: Fabric
+    counter: ConfusionCounter
+    store: ImageStore | None = None
+    items: Items | None = None
+    batch_size: int = 512
+
+    @property
+    def streamed(self) -> bool:
+        return self.items is None
+
+    def estimate(self, state: StepState, previous: Confusion | None) -> Confusion | None:
+        """The new F, the same on all processes; the previous one where nothing has been counted."""
+        if self.store is not None and self.items is not None:
+            mine = self.items[self.fabric.global_rank :: self.fabric.world_size]
+            for batch in self.store.stream(in_batches(mine, self.batch_size)):
+                seen = embed(
+                    state.model,
+                    batch.images,
+                    batch.items,
+                    autocast=self.autocast,
+                    probabilities=state.criterion.probabilities,
+                )
+                assert seen.log_probabilities is not None
+                self.counter.add(seen.items.labels, seen.log_probabilities)
+        return self.counter.estimate(summed(self.fabric)) or previous
+
+    def autocast(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.fabric.autocast()
+        return context
+
+
+def in_batches(items: Items, size: int) -> Iterator[tuple[Items, int | None]]:
+    """Requests for a store: items in order, not augmented."""
+    return ((items[start : start + size], None) for start in range(0, len(items), size))
+
+
+def confusion_origin(protocol: Protocol, has_validation: bool) -> ConfusionOrigin:
+    """Which data `protocol.confusion_from` means here."""
+    soft, source = protocol.confusion_soft, protocol.confusion_from
+    if source == "held-out":
+        source = "validation" if has_validation else "balanced-train"
+    if source == "streamed":
+        return ConfusionOrigin("train", "streamed", None, soft)
+    if source == "balanced-train":
+        return ConfusionOrigin("train", "balanced", protocol.confusion_per_class, soft)
+    return ConfusionOrigin(source, "all", None, soft)
+
+
+def balanced_subset(labels: Tensor, counts: ClassCounts, per_class: int, seed: int) -> Items:
+    """`per_class` random training images of each class (all of a smaller one), the same ones for the whole run."""
+    order = torch.randperm(labels.shape[0], generator=generator(seed, "balanced-subset"))
+    chosen = [order[labels[order] == k][:per_class] for k in range(counts.num_classes)]
+    index = torch.cat(chosen)
+    return Items(labels[index], index)
+
+
+def as_items(labels: Tensor) -> Items:
+    """All images of a split."""
+    return Items(labels, torch.arange(labels.shape[0]))

@@ -1,0 +1,44 @@
+"""A model's answers on a split, each image once whatever the number of processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from otmix.data import ImageStore
+from otmix.evaluation import Evaluation, evaluate_predictions, predict_probabilities
+from otmix.losses import Criterion
+from otmix.models import Classifier
+from otmix.training.confusion_source import in_batches
+from otmix.training.processes import gather_interleaved
+from otmix.types import ClassCounts, Items
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def predict_items(
+    fabric: Fabric, model: Classifier, criterion: Criterion, store: ImageStore, items: Items, batch_size: int
+) -> Tensor:
+    """Class probabilities `[n,K]` of `items`, in their order, on the CPU of every process."""
+    mine = items[fabric.global_rank :: fabric.world_size]
+    batches = store.stream(in_batches(mine, batch_size))
+    probabilities, _, _ = predict_probabilities(
+        model, batches, probabilities=criterion.probabilities, autocast=fabric.autocast
+    )
+    return gather_interleaved(fabric, probabilities, len(items))
+
+
+def evaluate_items(
+    fabric: Fabric,
+    model: Classifier,
+    criterion: Criterion,
+    store: ImageStore,
+    items: Items,
+    counts: ClassCounts,
+    batch_size: int,
+) -> tuple[Evaluation, Tensor]:
+    """The evaluation of `items`, and the probabilities it was made from."""
+    probabilities = predict_items(fabric, model, criterion, store, items, batch_size)
+    return evaluate_predictions(probabilities, items.labels.cpu(), counts), probabilities

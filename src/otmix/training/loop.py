@@ -1,0 +1,277 @@
+"""The training loop: streams, step, backward, optimiser; then F, validation and a checkpoint. Fabric does device,
+precision and processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from otmix.data import ImageStore
+from otmix.errors import UserError
+from otmix.files import write_text
+from otmix.pairing import PairingContext
+from otmix.randomness import Moment
+from otmix.sampling import BackgroundStream, ForegroundStream
+from otmix.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from otmix.training.confusion_source import ConfusionSource
+from otmix.training.processes import StopRequest, summed
+from otmix.training.reporter import Progress, Reporter
+from otmix.training.stage import Stage, StepItems, StepState
+from otmix.training.tally import Tally
+from otmix.types import Batch, Confusion, ConfusionOrigin
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+SHOW_EVERY_SECONDS = 0.25
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved a checkpoint in `run_dir`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(f"stopped; the run is saved in {run_dir}")
+        self.run_dir = run_dir
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[Path]]:
+        return (type(self), (self.run_dir,))
+
+
+class Watch(Protocol):
+    """Looks at validation images after an epoch, and gives errors by the names they have in the log."""
+
+    def __call__(self, run: RunState, last: bool, /) -> dict[str, float | None]: ...
+
+
+@dataclass(eq=False)
+class RunState:
+    """Everything that changes while a stage is trained, and what it is trained with."""
+
+    fabric: Fabric
+    run_dir: Path
+    seed: int
+    stage_index: int
+    stage: Stage
+    state: StepState
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    store: ImageStore
+    background: BackgroundStream
+    foreground: ForegroundStream | None
+    confusion_source: ConfusionSource | None
+    tally: Tally
+    reporter: Reporter
+    watch: Watch
+    checkpoint_minutes: float
+    compiled: bool = False
+    epoch: int = 0
+    step: int = 0
+    confusion: Confusion | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.run_dir / "checkpoint.pt"
+
+    def moment(self, step: int) -> Moment:
+        return Moment(self.seed, self.stage_index, self.epoch, self.stage.epochs, step, self.fabric.global_rank)
+
+
+def fit(run: RunState) -> None:
+    """Train until the stage's epochs are over. Raises Interrupted after a stop that was asked for, UserError when the
+    loss is not finite.
+    """
+    with run.stop.listening():
+        while run.epoch < run.stage.epochs:
+            train_epoch(run)
+            finish_epoch(run)
+
+
+def train_epoch(run: RunState) -> None:
+    """The rest of the present epoch, from `run.step` on."""
+    stage, tally = run.stage, run.tally
+    state = replace(run.state, class_weight=_class_weight(run))
+    batches = run.background.epoch(run.moment(0))
+    backgrounds = run.store.stream(
+        (batches[step], run.moment(step).seed_for("augment-background")) for step in range(run.step, len(batches))
+    )
+    foregrounds = _foregrounds(run, [len(batch) for batch in batches])
+    stage.set_modes(run.module)
+    began = shown = saved = time.perf_counter()
+    before, already = tally.seconds, run.step
+    for step in range(run.step, len(batches)):
+        moment = run.moment(step)
+        factor = stage.schedule.factor(run.epoch, stage.epochs, step, len(batches))
+        for group in run.optimizer.param_groups:
+            group["lr"] = stage.optimizer.lr * factor
+
+        items = StepItems(next(backgrounds), next(foregrounds) if _needs_foreground(run, moment) else None)
+        parts = stage.step(state, items, PairingContext(moment, run.confusion))
+        run.optimizer.zero_grad(set_to_none=True)
+        run.fabric.backward(parts.loss)
+        run.optimizer.step()
+        tally.add(parts, step)
+
+        run.step = step + 1
+        now = time.perf_counter()
+        tally.seconds = before + now - began
+        if now - shown > SHOW_EVERY_SECONDS and (run.fabric.device.type == "cpu" or step % 50 == 49):
+            shown = now
+            _show(run, len(batches), already)
+        if run.step < len(batches):  # at the end of an epoch a checkpoint follows anyway
+            if run.stop.agreed(run.fabric, step):
+                save(run)
+                raise Interrupted(run.run_dir)
+            if run.fabric.world_size == 1 and now - saved > 60 * run.checkpoint_minutes:
+                saved = now
+                save(run)
+
+
+def finish_epoch(run: RunState) -> None:
+    """F for the next epoch, validation, the line of the log, and a checkpoint."""
+    add_up = summed(run.fabric)
+    check_finite(run)
+    row: dict[str, Any] = {"stage": run.stage.name, "epoch": run.epoch}
+    row["lr"] = run.stage.optimizer.lr * run.stage.schedule.factor(run.epoch, run.stage.epochs)
+    row |= run.tally.read(add_up)
+    row["seconds"] = run.tally.seconds
+    row["images_per_second"] = row.pop("images") / max(run.tally.seconds, 1e-9)
+    row["marginal_error"] = float(run.tally.marginal_error) if row.pop("transport_steps") else None
+    last = run.epoch + 1 == run.stage.epochs
+    if run.confusion_source is not None and not last:
+        run.confusion = run.confusion_source.estimate(run.state, run.confusion)
+    row |= run.watch(run, last)
+    run.history.append(row)
+    run.epoch, run.step = run.epoch + 1, 0
+    run.tally.start_epoch()
+    save(run)
+    run.reporter.epoch(row)
+    if run.stop.requested and run.fabric.world_size == 1 and not last:
+        raise Interrupted(run.run_dir)
+
+
+def check_finite(run: RunState) -> None:
+    """Raises UserError, naming the step, when a loss of this epoch was not finite. Nothing has been saved since."""
+    bad = run.tally.bad_step
+    if run.fabric.world_size > 1:
+        reduced = run.fabric.all_reduce(bad, reduce_op="max")
+        assert isinstance(reduced, torch.Tensor)
+        bad = reduced
+    if int(bad) >= 0:
+        kept = (
+            f"the checkpoint before it is kept in {run.run_dir}"
+            if run.checkpoint_path.exists()
+            else "no checkpoint had been written yet"
+        )
+        raise UserError(
+            f"the loss was not a finite number at step {int(bad)} of epoch {run.epoch} (both counted from 0); {kept}; "
+            "try a lower --lr, a --warmup of 0.05, or --precision 32-true"
+        )
+
+
+def save(run: RunState) -> None:
+    """Write a checkpoint (rank 0), unless the loss has gone wrong."""
+    check_finite(run)
+    add_up = summed(run.fabric)  # what each process counted by itself is saved as one sum
+    counter = None if run.confusion_source is None else run.confusion_source.counter.table.gathered(add_up).cpu()
+    tally = run.tally.state_dict(add_up)
+    if run.fabric.global_rank == 0:
+        save_checkpoint(run.checkpoint_path, _payload(run, counter, tally))
+        write_text(run.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+    run.fabric.barrier()
+
+
+def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> dict[str, Any]:
+    confusion = run.confusion
+    return {
+        "stage_index": run.stage_index,
+        "epoch": run.epoch,
+        "step": run.step,
+        "model": run.state.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "confusion": None
+        if confusion is None
+        else {"matrix": confusion.matrix.cpu(), "origin": vars(confusion.origin).copy()},
+        "counter": counter,
+        "tally": tally,
+        "history": run.history,
+        "best": run.best,
+        "random": random_state(),
+    }
+
+
+def restore(run: RunState) -> None:
+    """Put a run where its checkpoint left off."""
+    payload = load_checkpoint(run.checkpoint_path)
+    try:
+        run.state.model.load_state_dict(payload["model"])
+        run.optimizer.load_state_dict(payload["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{run.checkpoint_path} belongs to another model or optimiser; resume with the settings the run began with"
+        ) from error
+    run.epoch, run.step = payload["epoch"], payload["step"]
+    run.history, run.best = payload["history"], payload["best"]
+    if run.fabric.global_rank == 0:
+        run.tally.load_state_dict(payload["tally"])
+    saved = payload["confusion"]
+    run.confusion = (
+        None if saved is None else Confusion(saved["matrix"].to(run.fabric.device), ConfusionOrigin(**saved["origin"]))
+    )
+    if run.confusion_source is not None and payload["counter"] is not None and run.fabric.global_rank == 0:
+        run.confusion_source.counter.table.value = payload["counter"]
+    restore_random_state(payload["random"])
+
+
+def _class_weight(run: RunState) -> Tensor | None:
+    """This epoch's class weights on the device, or None."""
+    if run.stage.reweighting is None:
+        return None
+    weight = run.stage.reweighting.class_weight(run.moment(0).progress)
+    return None if weight is None else weight.to(run.fabric.device)
+
+
+def _needs_foreground(run: RunState, moment: Moment) -> bool:
+    return run.foreground is not None and run.state.mixer is not None and run.state.mixer.needs_foreground(moment)
+
+
+def _foregrounds(run: RunState, sizes: list[int]) -> Iterator[Batch]:
+    """The foreground batches of the steps that will look at one, drawn from eq. 3."""
+    stream = run.foreground
+    if stream is None:
+        return iter(())
+    needed = [step for step in range(run.step, len(sizes)) if _needs_foreground(run, run.moment(step))]
+    return run.store.stream(
+        (stream.step(sizes[step], run.moment(step)), run.moment(step).seed_for("augment-foreground")) for step in needed
+    )
+
+
+def _show(run: RunState, steps: int, already: int) -> None:
+    if run.fabric.device.type == "cpu" and run.fabric.world_size == 1:
+        check_finite(run)
+    if run.fabric.global_rank != 0:
+        return
+    so_far = run.tally.read()
+    speed = so_far["images"] * run.fabric.world_size / max(run.tally.seconds, 1e-9)
+    run.reporter.step(
+        Progress(
+            run.epoch,
+            run.stage.epochs,
+            run.step,
+            steps,
+            so_far["loss"],
+            so_far["train_error"],
+            speed,
+            so_far["transport_share"],
+        )
+    )

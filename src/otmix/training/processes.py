@@ -1,0 +1,80 @@
+"""What several processes must do together: add up, gather, and agree to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def summed(fabric: Fabric) -> Callable[[Tensor], Tensor] | None:
+    """A function that sums a tensor over all processes, or None where there is only one."""
+    if fabric.world_size == 1:
+        return None
+
+    def add_up(tensor: Tensor) -> Tensor:
+        total = fabric.all_reduce(tensor, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    return add_up
+
+
+def gather_interleaved(fabric: Fabric, rows: Tensor, total: int) -> Tensor:
+    """Rows that rank r computed for places r, r + world, r + 2·world, … of `total`, put together in order on every
+    process.
+    """
+    if fabric.world_size == 1:
+        return rows
+    longest = -(-total // fabric.world_size)
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=fabric.device)
+    padded[: rows.shape[0]] = rows.to(fabric.device)
+    everything = fabric.all_gather(padded)
+    assert isinstance(everything, Tensor)
+    return everything.transpose(0, 1).flatten(0, 1)[:total].cpu()
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; the loop looks at it between steps, saves and stops. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def agreed(self, fabric: Fabric, step: int) -> bool:
+        """Whether all processes stop after this step. With several, they ask each other every ten steps, so that all
+        stop at the same one.
+        """
+        if fabric.world_size == 1:
+            return self.requested
+        if step % 10 != 9:
+            return False
+        flag = fabric.all_reduce(torch.tensor(float(self.requested), device=fabric.device), reduce_op="max")
+        assert isinstance(flag, Tensor)
+        return bool(flag > 0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals can only be caught in the main thread; whoever runs us elsewhere handles them
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,113 @@
+"""What a run directory says of how its numbers came about."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from otmix.config import RunConfig
+from otmix.data import ImageDataset
+from otmix.errors import UserError
+from otmix.files import write_json, write_text
+
+PACKAGES = ("otmix", "torch", "torchvision", "timm", "lightning", "numpy", "pillow", "scikit-learn")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and source commit, without anything that names the machine or its user."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": " ".join(["otmix", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("otmix", "__main__") else "python",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        "commit": source_commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+
+
+def source_commit() -> str | None:
+    """The commit of the source tree this package runs from, "+" appended where it has changes; None for an installed
+    package.
+    """
+    folder = Path(__file__).resolve().parent
+    try:
+        known = (
+            subprocess.run(
+                ["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=False
+            ).returncode
+            == 0
+        )
+        if not known:
+            return None
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = (
+            subprocess.run(
+                ["git", "diff", "--quiet", "HEAD", "--", "."], cwd=folder, capture_output=True, check=False
+            ).returncode
+            != 0
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def data_record(dataset: ImageDataset) -> dict[str, Any]:
+    """data.json: names, counts, sizes, hashes and notes, and what a model of this data needs to know to be rebuilt."""
+    return {
+        **dataset.fingerprint(),
+        "image_size": dataset.image_size,
+        "channels": dataset.channels,
+        "small": dataset.small,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "notes": list(dataset.notes),
+    }
+
+
+def write_records(run_dir: Path, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
+    """config.yaml, data.json and environment.json of a new run."""
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    write_json(run_dir / "data.json", data_record(dataset))
+    write_json(run_dir / "environment.json", environment(device))
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run. Raises UserError when `run_dir` is not one."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not the directory of an otmix run: it has no config.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged; a run's config.yaml must hold its settings")
+    return RunConfig.from_dict(values)
+
+
+def runs_folder() -> Path:
+    """$OTMIX_RUNS, or ./runs."""
+    return Path(os.environ.get("OTMIX_RUNS") or "runs")

@@ -1,0 +1,90 @@
+"""A run on the disk: where it is, whether it is finished, and its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from otmix.config import RunConfig, default_run_dir
+from otmix.errors import UserError
+from otmix.files import read_json
+from otmix.losses import LOSSES, Criterion
+from otmix.methods import parse_method
+from otmix.models import Classifier, build_model
+from otmix.training.records import read_config, runs_folder
+from otmix.types import ClassCounts
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run, its model on the CPU in eval mode."""
+
+    run_dir: Path
+    config: RunConfig
+    data: dict[str, Any]
+    result: dict[str, Any]
+    class_names: tuple[str, ...]
+    counts: ClassCounts
+    model: Classifier
+    criterion: Criterion
+
+    @property
+    def image_size(self) -> int:
+        return int(self.data["image_size"])
+
+    @property
+    def channels(self) -> int:
+        return int(self.data["channels"])
+
+    @property
+    def small(self) -> bool:
+        return bool(self.data["small"])
+
+
+def run_dir_of(config: RunConfig) -> Path:
+    """`config.out`, or a name made of what the run is under $OTMIX_RUNS or ./runs."""
+    return Path(config.out) if config.out else default_run_dir(config, runs_folder())
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / "result.json").is_file()
+
+
+def open_run(run_dir: Path) -> Run:
+    """Read a finished run. Raises UserError when it is not one of ours, not finished, or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run {run_dir}; name the folder that `otmix train` printed")
+    config = read_config(run_dir)
+    if not is_finished(run_dir):
+        raise UserError(
+            f"the run {run_dir} is not finished; go on with `otmix train --config {run_dir / 'config.yaml'} --out "
+            f"{run_dir} --resume`"
+        )
+    data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
+    counts = ClassCounts(torch.tensor(data["counts"]))
+    criterion = LOSSES[parse_method(config.method).loss](counts)
+    assert config.backbone is not None  # a recorded configuration is filled in
+    model = build_model(
+        config.backbone,
+        counts.num_classes,
+        channels=data["channels"],
+        image_size=data["image_size"],
+        mean=data["mean"],
+        std=data["std"],
+        head=criterion.head,
+    )
+    path = run_dir / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is missing, damaged, or of another model ({type(error).__name__}); resume or repeat the run"
+        ) from error
+    return Run(run_dir, config, data, result, tuple(data["class_names"]), counts, model.eval(), criterion)

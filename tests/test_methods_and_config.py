@@ -1,0 +1,187 @@
+"""Names, protocols, schedules and configurations."""
+
+import math
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+import pytest
+
+from otmix.config import RunConfig, with_defaults
+from otmix.errors import UserError
+from otmix.methods import ALIASES, MIXER_SETTINGS, all_methods, parse_method
+from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
+from otmix.training.schedules import Schedule
+
+
+def test_every_method_is_found_by_its_name() -> None:
+    methods = all_methods()
+    assert len({method.name for method in methods}) == len(methods)
+    for method in methods:
+        assert parse_method(method.name) == method
+        assert parse_method(method.name.upper()) == method
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "title"),
+    [
+        ("erm", "ce", "ERM"),
+        ("cmo", "ce+cmo", "ERM + CMO"),
+        ("otmix", "ce+otmix", "ERM + OTmix"),
+        ("drw", "ce-drw", "ERM-DRW"),
+        ("drw+otmix", "ce-drw+otmix", "ERM-DRW + OTmix"),
+        ("erm+otmix", "ce+otmix", "ERM + OTmix"),
+    ],
+)
+def test_aliases(alias: str, name: str, title: str) -> None:
+    assert parse_method(alias).name == name
+    assert parse_method(alias).title == title
+
+
+@pytest.mark.parametrize("name", ["otmx", "ce+", "cmo+otmix", "otmix+otmix", "", "ce-drw-drw", "+otmix"])
+def test_unknown_names_are_refused_with_a_hint(name: str) -> None:
+    with pytest.raises(UserError, match=r"no method named .*(did you mean|a name is)"):
+        parse_method(name)
+    assert "otmix" in ALIASES
+
+
+def test_every_setting_of_a_protocol_has_a_meaning_a_source_and_an_override() -> None:
+    names = [f.name for f in fields(Protocol)]
+    assert names == [f.name for f in fields(Overrides)]
+    hints, changed = get_type_hints(Protocol), get_type_hints(Overrides)
+    for f in fields(Protocol):
+        assert f.metadata["meaning"]
+        assert f.metadata["why"]
+        assert changed[f.name] == hints[f.name] | None
+        assert any(f.name in settings for settings in MIXER_SETTINGS.values()) or f.name in (
+            "weighted_mean",
+            "headline",
+        )
+
+
+def test_the_table_of_design_section_5() -> None:
+    paper, official, clean = PROTOCOLS["paper"], PROTOCOLS["official"], PROTOCOLS["clean"]
+    assert (paper.mix_probability, official.mix_probability, clean.mix_probability) == (1, 0.5, 0.5)
+    assert (paper.mix_from, paper.mix_until) == (0, 1)
+    assert (official.mix_from, official.mix_until) == (4 / 240, 237 / 240) == (clean.mix_from, clean.mix_until)
+    assert {p.mix_fraction for p in PROTOCOLS.values()} == {1}
+    assert (paper.curriculum_per, official.curriculum_per, clean.curriculum_per) == ("batch", "epoch", "batch")
+    assert (paper.curriculum_one_based, official.curriculum_one_based) == (True, False)
+    assert (paper.foreground_r, official.foreground_r) == (1, 0)
+    assert (paper.box, official.box) == ("exact", "clipped")
+    assert (paper.features, official.features, clean.features) == ("pooled", "official", "pooled")
+    assert (paper.confusion_from, official.confusion_from, clean.confusion_from) == ("held-out", "test", "streamed")
+    assert (paper.confusion_soft, official.confusion_soft, clean.confusion_soft) == (False, False, True)
+    assert {(p.epsilon, p.omega, p.alpha) for p in PROTOCOLS.values()} == {(0.01, 0.05, 4)}
+    assert (paper.weighted_mean, official.weighted_mean, clean.weighted_mean) == ("mean", "weighted-mean", "mean")
+    assert (paper.headline, official.headline, clean.headline) == ("last", "best-on-test", "last")
+    assert [name for name, p in PROTOCOLS.items() if p.looks_at_test] == ["official"]
+
+
+def test_overrides_change_single_settings() -> None:
+    changed = resolve("paper", Overrides(alpha=1.0, keep_diagonal=True))
+    assert changed == replace(PROTOCOLS["paper"], alpha=1.0, keep_diagonal=True)
+
+
+@pytest.mark.parametrize("bad", [{"epsilon": 0.0}, {"omega": 2.0}, {"alpha": -1.0}, {"confusion_per_class": 0}])
+def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        resolve("clean", Overrides(**bad))  # type: ignore[arg-type]
+
+
+def test_unknown_protocol() -> None:
+    with pytest.raises(UserError, match="clean, paper, official"):
+        resolve("papr")  # type: ignore[arg-type]
+
+
+def test_the_papers_steps() -> None:
+    schedule = Schedule("steps")
+    factors = [schedule.factor(epoch, 240) for epoch in range(240)]
+    assert factors == [1.0] * 100 + [0.1] * 60 + [0.01] * 40 + [0.0001] * 40
+
+
+def test_warmup_of_ldams_code() -> None:
+    schedule = Schedule("steps", warmup=5 / 200)
+    assert [schedule.factor(epoch, 200) for epoch in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_cosine_falls_from_one_to_nearly_zero_and_warms_up_by_the_step() -> None:
+    schedule = Schedule("cosine", warmup=0.1)
+    steps = [schedule.factor(e, 20, s, 10) for e in range(20) for s in range(10)]
+    assert steps[:20] == sorted(steps[:20])
+    assert steps[20:] == sorted(steps[20:], reverse=True)
+    assert 0 < steps[0] < 0.06
+    assert steps[20] == pytest.approx(1.0)
+    assert steps[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17.9 / 18)))
+
+
+def test_milestones_must_rise() -> None:
+    with pytest.raises(UserError, match="rising"):
+        Schedule("steps", (0.5, 0.2), (0.1, 0.01))
+
+
+def test_config_round_trip_and_unknown_keys() -> None:
+    config = RunConfig(method="cmo", set=Overrides(alpha=1.0), epochs=3)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    for bad in ({"epoch": 3}, {"set": {"alhpa": 1}}):
+        with pytest.raises(UserError, match="unknown setting"):
+            RunConfig.from_dict(bad)
+
+
+def test_the_hash_knows_what_decides_the_result_and_nothing_else() -> None:
+    base = RunConfig()
+    for f in fields(RunConfig):
+        kind = get_type_hints(RunConfig)[f.name]
+        other: object = f"{getattr(base, f.name)}x"
+        if f.name in ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download"):
+            same = {
+                "out": "x",
+                "resume": True,
+                "workers": 5,
+                "checkpoint_minutes": 1.0,
+                "accelerator": "cpu",
+                "download": False,
+            }
+            assert replace(base, **{f.name: same[f.name]}).hash == base.hash
+            continue
+        if f.name == "set":
+            other = Overrides(alpha=1.0)
+        elif f.name == "method":
+            other = "cmo"
+        elif kind in (float, float | None):
+            other = 2.5 if f.name in ("imbalance", "lr", "weight_decay") else 0.33
+        elif kind in (int, int | None):
+            other = 77
+        elif kind in (bool, bool | None):
+            other = not getattr(base, f.name)
+        elif get_args(kind) and str in map(type, get_args(kind)):
+            other = next(value for value in get_args(kind) if value != getattr(base, f.name))
+        assert replace(base, **{f.name: other}).hash != base.hash, f.name
+    assert RunConfig(method="erm").hash == RunConfig(method="ce").hash
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"epochs": 0}, {"batch_size": -1}, {"lr": float("nan")}, {"warmup": 1.0}, {"imbalance": 0.5}, {"image_size": 1}],
+)
+def test_impossible_configurations_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(bad)).replace("_", "-")):
+        RunConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_defaults_depend_on_the_data() -> None:
+    cifar = with_defaults(RunConfig(data="cifar10"), small=True, backbone="resnet32", image_size=32)
+    assert (cifar.epochs, cifar.batch_size, cifar.optimizer, cifar.lr, cifar.weight_decay) == (
+        240,
+        128,
+        "sgd",
+        0.1,
+        2e-4,
+    )
+    assert cifar.pretrained is False
+    large = with_defaults(RunConfig(data="folder"), small=False, backbone="timm/resnet18", image_size=224)
+    assert large.pretrained is True
+    assert large.optimizer == "adamw"
+    scratch = with_defaults(
+        RunConfig(data="folder", pretrained=False, lr=0.5), small=False, backbone="timm/resnet18", image_size=224
+    )
+    assert (scratch.epochs, scratch.lr) == (100, 0.5)

@@ -1,0 +1,243 @@
+"""For each row of the table of protocols, one setting is flipped alone and the change is observed in the pieces of a real run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from otmix.config import RunConfig
+from otmix.data import ImageDataset
+from otmix.protocols import Overrides
+from otmix.randomness import Moment
+from otmix.training.loop import RunState
+from otmix.training.reporter import Silent
+from otmix.training.run import build_run, make_fabric
+from otmix.training.setup import load_data, prepare
+from otmix.training.stage import StepItems
+from otmix.types import Mixed, Output
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return load_data(RunConfig(data="digits"))
+
+
+def build(dataset: ImageDataset, path: Path, method: str = "otmix", epochs: int = 240, **settings: Any) -> RunState:
+    config = RunConfig(method=method, epochs=epochs, set=Overrides(**settings))
+    return build_run(make_fabric(config), path, prepare(config, dataset), Silent())
+
+
+def mixes(run: RunState, epoch: int, steps: int) -> list[bool]:
+    assert run.state.mixer is not None
+    return [run.state.mixer.schedule.mixes(Moment(epoch=epoch, epochs=240, step=step)) for step in range(steps)]
+
+
+def one_step(run: RunState, epoch: int, step: int = 0) -> tuple[Mixed, StepItems]:
+    run.epoch, run.step = epoch, step
+    moment = run.moment(step)
+    assert run.foreground is not None
+    back = run.store.fetch(run.background.epoch(moment)[0], None)
+    fore = run.store.fetch(run.foreground.step(len(back), moment), None)
+    items = StepItems(back, fore)
+    from otmix.pairing import PairingContext
+
+    return run.stage.step(run.state, items, PairingContext(moment, run.confusion)).mixed, items
+
+
+def test_mix_probability(digits: ImageDataset, tmp_path: Path) -> None:
+    assert sum(mixes(build(digits, tmp_path), 100, 200)) / 200 == pytest.approx(0.5, abs=0.1)
+    assert all(mixes(build(digits, tmp_path, mix_probability=1.0), 100, 200))
+
+
+def test_mix_margins(digits: ImageDataset, tmp_path: Path) -> None:
+    margins, none = build(digits, tmp_path), build(digits, tmp_path, mix_from=0.0, mix_until=1.0)
+    for epoch in (0, 3, 237, 239):
+        assert not any(mixes(margins, epoch, 40))
+        assert any(mixes(none, epoch, 40))
+    assert any(mixes(margins, 4, 40))
+    assert any(mixes(margins, 236, 40))
+
+
+def test_mixed_fraction(digits: ImageDataset, tmp_path: Path) -> None:
+    for fraction in (1.0, 0.25):
+        run = build(digits, tmp_path, mix_probability=1.0, mix_fraction=fraction)
+        mixed, items = one_step(run, 100)
+        assert int(mixed.mixed.sum()) == round(fraction * len(items.background))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("curriculum_per", "epoch"), ("curriculum_one_based", False)])
+def test_curriculum(digits: ImageDataset, tmp_path: Path, setting: str, value: Any) -> None:
+    def transported(run: RunState, epoch: int) -> set[bool]:
+        pairing: Any = run.state.mixer.pairing if run.state.mixer else None
+        chosen = (pairing.choose(Moment(epoch=epoch, epochs=240, step=step)) for step in range(60))
+        return {choice is pairing.then for choice in chosen}
+
+    usual, flipped = build(digits, tmp_path), build(digits, tmp_path, **{setting: value})
+    if setting == "curriculum_per":
+        assert transported(usual, 120) == {True, False}
+        assert all(len(transported(flipped, epoch)) == 1 for epoch in range(100, 140))
+    else:  # with t from 1 the last epoch is all transport; from 0, the first has none
+        assert transported(usual, 239) == {True}
+        assert build(digits, tmp_path, **{setting: value}).state.mixer is not None
+        assert transported(flipped, 0) == {False}
+        pairing: Any = usual.state.mixer.pairing if usual.state.mixer else None
+        assert pairing.probability(Moment(epoch=0, epochs=240)) > 0
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_curriculum_power(digits: ImageDataset, tmp_path: Path, power: float) -> None:
+    pairing: Any = build(digits, tmp_path, curriculum_power=power).state.mixer
+    assert pairing.pairing.probability(Moment(epoch=119, epochs=240)) == pytest.approx(0.5**power)
+
+
+def test_foreground_classes(digits: ImageDataset, tmp_path: Path) -> None:
+    """Eq. 3's r = 1 is the inverse frequency of the class; the released code's r = 0 is uniform over classes."""
+    n = digits.counts.counts.double()
+    laws = {1.0: 1 / n, 0.0: torch.ones(10).double()}
+    for r, law in laws.items():
+        run = build(digits, tmp_path, foreground_r=r)
+        assert run.foreground is not None
+        drawn = run.foreground.draw(20000, torch.Generator().manual_seed(0)).labels
+        share = torch.bincount(drawn, minlength=10) / 20000
+        assert (share - law / law.sum()).abs().max() < 0.012
+    effective = build(digits, tmp_path, foreground_law="effective-number").stage.foreground_probability
+    assert effective is not None
+    want = 1e-4 / (1 - 0.9999**n)
+    torch.testing.assert_close(effective, want / want.sum())
+
+
+def test_box(digits: ImageDataset, tmp_path: Path) -> None:
+    """The exact box keeps half of the background on average, the released code's clipped one .69 (on 32 × 32)."""
+    for box, mean in (("exact", 0.5), ("clipped", 0.69)):
+        mixer = build(digits, tmp_path, box=box).state.mixer
+        assert mixer is not None
+        black = torch.zeros(1, 1, 32, 32)
+        from otmix.types import Batch, Items
+
+        back, fore = Batch(Items(torch.tensor([0])), black), Batch(Items(torch.tensor([1])), black)
+        g = torch.Generator().manual_seed(0)
+        shares = [float(mixer.mixer.apply(back, fore, mixer.mixer.draw(1, 32, 32, g)).image_share) for _ in range(1500)]
+        assert sum(shares) / 1500 == pytest.approx(mean, abs=0.02)
+
+
+def test_box_per_image(digits: ImageDataset, tmp_path: Path) -> None:
+    for per, several in (("batch", False), ("image", True)):
+        mixed, _ = one_step(build(digits, tmp_path, mix_probability=1.0, box_per=per), 100)
+        assert (len(mixed.image_share.unique()) > 1) == several
+
+
+def test_features(digits: ImageDataset, tmp_path: Path) -> None:
+    """The released code's features are the flattened last map, and computing them moves BatchNorm's running statistics."""
+    for features, size, moved in (("pooled", 64, False), ("official", 64 * 2 * 2, True)):
+        run = build(digits, tmp_path, features=features)
+        run.stage.set_modes(run.module)
+        back = run.store.fetch(run.background.epoch(run.moment(0))[0], None)
+        before = {name: value.clone() for name, value in run.state.model.named_buffers()}
+        embedded = run.state.make_embed(StepItems(back, None))(back.items)
+        assert embedded.features.shape == (len(back), size)
+        assert not embedded.features.requires_grad
+        changed = [name for name, value in run.state.model.named_buffers() if not torch.equal(value, before[name])]
+        assert bool(changed) == moved
+        assert run.state.model.training
+
+
+def test_where_f_comes_from(digits: ImageDataset, tmp_path: Path) -> None:
+    seen = {}
+    for source in ("streamed", "held-out", "train", "test"):
+        run = build(digits, tmp_path, mix_probability=1.0, curriculum_power=0.0, confusion_from=source)
+        run.stage.set_modes(run.module)
+        one_step(run, 100)
+        assert run.confusion_source is not None
+        images = float(run.confusion_source.counter.table.value.sum())
+        estimate = run.confusion_source.estimate(run.state, None)
+        assert estimate is not None
+        seen[source] = (estimate.origin.split, estimate.origin.items, round(images))
+    # only the streamed counts come from the step itself; digits have no validation split, so held-out is balanced training
+    assert seen["streamed"] == ("train", "streamed", 64)
+    assert seen["held-out"] == ("train", "balanced", 0)
+    assert seen["train"] == ("train", "all", 0)
+    assert seen["test"] == ("test", "all", 0)
+
+
+def test_held_out_prefers_a_validation_split(tmp_path: Path) -> None:
+    data = load_data(RunConfig(data="digits", validation_per_class=3))
+    run = build(data, tmp_path, confusion_from="held-out")
+    assert run.confusion_source is not None
+    assert run.confusion_source.counter.origin.split == "validation"
+    assert run.confusion_source.items is not None
+    assert len(run.confusion_source.items) == 30
+
+
+def test_balanced_subset_has_as_many_of_each_class_as_there_are(digits: ImageDataset, tmp_path: Path) -> None:
+    run = build(digits, tmp_path, confusion_from="balanced-train", confusion_per_class=12)
+    assert run.confusion_source is not None
+    assert run.confusion_source.items is not None
+    got = torch.bincount(run.confusion_source.items.labels, minlength=10)
+    assert torch.equal(got, digits.counts.counts.clamp_max(12))
+
+
+def test_soft_and_hard_counts(digits: ImageDataset, tmp_path: Path) -> None:
+    for soft in (True, False):
+        run = build(digits, tmp_path, confusion_from="train", confusion_soft=soft)
+        assert run.confusion_source is not None
+        estimate = run.confusion_source.estimate(run.state, None)
+        assert estimate is not None
+        counts = estimate.matrix * digits.counts.counts[:, None]
+        assert bool(torch.allclose(counts, counts.round(), atol=1e-3)) == (not soft)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("omega", 0.5), ("metric", "euclidean"), ("keep_diagonal", True), ("epsilon", 0.1), ("select", "sample"), ("alpha", 0.2)],
+)
+def test_what_reaches_the_plan_and_the_mix(digits: ImageDataset, tmp_path: Path, setting: str, value: Any) -> None:
+    """The same step of the same run differs in its plan (or its choice, or its box) when one setting does."""
+    from otmix.types import Confusion, ConfusionOrigin
+
+    g = torch.Generator().manual_seed(5)
+    matrix = torch.rand(10, 10, generator=g) + 5 * torch.eye(10)
+    results = []
+    for settings in ({}, {setting: value}):
+        run = build(digits, tmp_path, mix_probability=1.0, curriculum_power=0.0, **settings)
+        run.confusion = Confusion(matrix / matrix.sum(1, keepdim=True), ConfusionOrigin())
+        mixed, _ = one_step(run, 100)
+        assert mixed.pairs is not None
+        assert mixed.pairs.plan is not None
+        results.append((mixed.pairs.plan.coupling, mixed.pairs.background, mixed.image_share))
+    (plan_a, chosen_a, share_a), (plan_b, chosen_b, share_b) = results
+    if setting == "alpha":
+        assert torch.equal(chosen_a, chosen_b)
+        assert not torch.equal(share_a, share_b)
+    elif setting == "select":
+        assert torch.equal(plan_a, plan_b)
+        assert not torch.equal(chosen_a, chosen_b)
+    else:
+        assert not torch.allclose(plan_a, plan_b, rtol=0.05)
+    if setting == "epsilon":  # more entropy: a flatter plan
+        assert float(plan_b.max()) < float(plan_a.max())
+
+
+def test_class_weighted_mean(digits: ImageDataset, tmp_path: Path) -> None:
+    losses = {}
+    for reduction in ("mean", "weighted-mean"):
+        run = build(digits, tmp_path, method="ce-drw+otmix", mix_probability=1.0, weighted_mean=reduction)
+        mixed, _ = one_step(run, 200)
+        reweighting = run.stage.reweighting
+        assert reweighting is not None
+        weight = reweighting.class_weight(200 / 240)
+        output = Output(torch.zeros(len(mixed.images), 10))
+        losses[reduction] = float(run.state.criterion(output, mixed.target, weight, 200 / 240, run.state.reduction))
+    # constant logits cost log 10 each: divided by its own weights, the loss is exactly that; the plain mean feels the weights
+    assert losses["weighted-mean"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)
+    assert losses["mean"] != pytest.approx(losses["weighted-mean"], rel=0.05)
+
+
+def test_headline(digits: ImageDataset, tmp_path: Path) -> None:
+    """Only `best-on-test` looks at the test images after an epoch."""
+    for headline, looks in (("last", False), ("best-on-test", True)):
+        run = build(digits, tmp_path / headline, headline=headline)
+        row = run.watch(run, False)
+        assert (row["test_error"] is not None) == looks
+        assert (run.best is not None) == looks
+        assert (tmp_path / headline / "best.safetensors").exists() == looks
