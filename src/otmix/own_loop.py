@@ -1,0 +1,212 @@
+"""OTmix in a training loop of one's own: any model, any dataset of `(image, label)`, any loss with reduction='none'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from otmix.confusion import ConfusionCounter
+from otmix.errors import UserError
+from otmix.mixer import BatchMixer, MixSchedule
+from otmix.mixing import CutMix, Mixer
+from otmix.models import embed
+from otmix.pairing import Curriculum, IndexPairing, Pairing, PairingContext, TransportPairing
+from otmix.randomness import Moment
+from otmix.sampling import ForegroundStream, inverse_frequency
+from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
+
+STREAM_DECAY = 0.9
+"""What the streamed confusion keeps from one epoch to the next: about ten epochs of memory."""
+
+LabelledImages = tuple[Tensor, Tensor]
+
+
+class OTMixer:
+    """Pairs rare-class foregrounds with backgrounds by optimal transport and mixes them (Gao et al. 2023, Algorithm 1).
+
+        mixer = OTMixer(features_and_logits, labels, epochs=30)
+        foreground_loader = mixer.foreground_loader(dataset, batch_size=128)
+        for epoch in range(mixer.epoch, 30):
+            for background, foreground in zip(loader, foreground_loader):
+                mixed = mixer(background, foreground)
+                loss = mixed.loss(criterion, model(mixed.images))      # criterion(…, reduction="none")
+                …
+            mixer.end_epoch()
+
+    Args:
+        model: a module that returns an `Output`, or a function `images -> (features [B,D], logits [B,K])`. It is looked
+            at in eval mode, without gradient, and left as it was.
+        labels: `[N]`, the labels of the training set, in the order of its indices.
+        epochs: how many there will be; transport replaces random pairing with probability (t/T) in epoch t of T.
+        pairing, pixels, schedule: other rules than the defaults, which are the library's `clean` protocol.
+        r: exponent of the foreground classes, q_k ~ n_k^-r (eq. 3).
+        rank, world: the place of this process among several.
+
+    Raises UserError when labels and settings do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], object],
+        labels: Sequence[int] | Tensor,
+        epochs: int,
+        *,
+        pairing: Pairing | None = None,
+        pixels: Mixer | None = None,
+        schedule: MixSchedule | None = None,
+        r: float = 1.0,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if epochs < 1:
+            raise UserError(f"OTMixer needs the number of epochs of the whole training, at least 1, not {epochs}")
+        self.model = model
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.counts = ClassCounts.from_labels(self.labels)
+        self.epochs, self.seed, self.rank, self.world = epochs, seed, rank, world
+        self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
+        self.batch_mixer = BatchMixer(
+            pairing or Curriculum(IndexPairing(), TransportPairing()),
+            pixels or CutMix(),
+            schedule or MixSchedule(probability=0.5, window=(4 / 240, 237 / 240)),
+        )
+        self.epoch, self.step = 0, 0
+        self.confusion: Confusion | None = None
+        self.counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin(), decay=STREAM_DECAY)
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(self.seed, 0, min(self.epoch, self.epochs - 1), self.epochs, self.step, self.rank)
+
+    def __call__(self, background: LabelledImages, foreground: LabelledImages) -> Mixed:
+        """Mix two batches `(images [B,C,H,W], labels [B])`. The foreground is moved to the background's device, and cut
+        to its length.
+
+        Where the schedule leaves a batch alone, the background comes back as it was.
+        """
+        device = background[0].device
+        back = _batch(background, device)
+        fore = _batch(foreground, device)[: len(back)]
+        if self.counter.table.device != device:
+            self._move(device)
+        images = {id(back.items): back.images, id(fore.items): fore.images}
+
+        def look(items: Items) -> Embedded:
+            return embed(self.model, images[id(items)], items, log_probabilities=items is back.items)
+
+        mixed = self.batch_mixer(back, fore, look, PairingContext(self.moment, self.confusion), self.counter)
+        self.step += 1
+        return mixed
+
+    def end_epoch(self, validation: Iterable[LabelledImages] | None = None) -> None:
+        """Call after each epoch: estimates the confusion matrix for the next one, and moves on.
+
+        From what the epoch's backgrounds showed, or, if given, from a pass over `validation`, batches of images that
+        are not trained on.
+        """
+        counter = self.counter
+        if validation is not None:
+            counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin("validation", "all", None, soft=False))
+            for images, labels in validation:
+                seen = embed(self.model, images, Items(labels))
+                assert seen.log_probabilities is not None
+                counter.add(labels, seen.log_probabilities)
+        estimate = counter.estimate()
+        if estimate is not None:
+            self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+        """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
+        collate_fn, …).
+
+        What it draws follows the mixer's epoch, so a resumed mixer resumes it too.
+        """
+        return DataLoader(dataset, batch_size=batch_size, sampler=_ForegroundSampler(self, batch_size), **options)
+
+    def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
+        `foregrounds` without end.
+        """
+        endless = _again_and_again(foregrounds)
+
+        def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            mixed = self((images, labels), next(endless))
+            return mixed.images, mixed.soft_labels(self.counts.num_classes)
+
+        return transform
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resumes the mixer, as tensors and plain values."""
+        confusion = self.confusion
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "confusion": None
+            if confusion is None
+            else {"matrix": confusion.matrix, "origin": vars(confusion.origin).copy()},
+            "counts": self.counter.table.value.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["counts"].shape[0] != self.counts.num_classes:
+            raise UserError(
+                f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "
+                "use the same labels"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.counter.table.value = state["counts"]
+        saved = state["confusion"]
+        self.confusion = (
+            None
+            if saved is None
+            else Confusion(saved["matrix"].to(self.counter.table.device), ConfusionOrigin(**saved["origin"]))
+        )
+
+    def _move(self, device: torch.device) -> None:
+        counts = self.counter.table.value
+        self.counter = ConfusionCounter(
+            self.counts.num_classes, self.counter.origin, decay=self.counter.decay, device=device
+        )
+        self.counter.table.value = counts
+        if self.confusion is not None:
+            self.confusion = replace(self.confusion, matrix=self.confusion.matrix.to(device))
+
+
+class _ForegroundSampler(Sampler[int]):
+    """Eq. 3, step by step: what a step draws is a function of the mixer's epoch and the step alone."""
+
+    def __init__(self, mixer: OTMixer, batch_size: int) -> None:
+        self.mixer, self.batch_size = mixer, batch_size
+
+    def __len__(self) -> int:
+        steps = -(-len(self.mixer.labels) // (self.batch_size * self.mixer.world))
+        return steps * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        moment = replace(self.mixer.moment, epoch=self.mixer.epoch)
+        for step in range(len(self) // self.batch_size):
+            items = self.mixer.stream.step(self.batch_size, replace(moment, step=step))
+            assert items.index is not None  # drawn from a labelled dataset
+            yield from items.index.tolist()
+
+
+def _batch(labelled: LabelledImages, device: torch.device) -> Batch:
+    images, labels = labelled
+    return Batch(Items(labels.to(device, non_blocking=True)), images.to(device, non_blocking=True))
+
+
+def _again_and_again(batches: Iterable[LabelledImages]) -> Iterator[LabelledImages]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("the foreground loader gave no batch; is its dataset empty?")

@@ -1,0 +1,197 @@
+"""OTmix in someone's own loop."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from otmix.errors import UserError
+from otmix.mixer import MixSchedule
+from otmix.own_loop import OTMixer
+from otmix.pairing import TransportPairing
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class Net(nn.Module):
+    """Plain PyTorch, with BatchNorm to notice who looks at it how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.body(images))
+        return out
+
+
+def dataset() -> TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
+    images = torch.rand(60, 1, 8, 8, generator=g) * 0.3 + labels[:, None, None, None] * 0.3
+    return TensorDataset(images, labels)
+
+
+def make(net: Net, **options: object) -> OTMixer:
+    def features_and_logits(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = net.body(images)
+        return features, net.head(features)
+
+    options.setdefault("schedule", MixSchedule())
+    return OTMixer(features_and_logits, dataset().tensors[1], epochs=4, **options)  # type: ignore[arg-type]
+
+
+def train(mixer: OTMixer, net: Net, epochs: int, optimizer: torch.optim.Optimizer) -> None:
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    data = dataset()
+    foregrounds = mixer.foreground_loader(data, batch_size=16)
+    while mixer.epoch < epochs:
+        loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(mixer.epoch))
+        for background, foreground in zip(loader, foregrounds, strict=True):
+            mixed = mixer(background, foreground)
+            loss = mixed.loss(criterion, net(mixed.images))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        mixer.end_epoch()
+
+
+def test_trains_and_learns_a_confusion() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    mixer = make(net, pairing=TransportPairing())
+    train(mixer, net, 4, torch.optim.SGD(net.parameters(), 0.1))
+    assert mixer.confusion is not None
+    torch.testing.assert_close(mixer.confusion.matrix.sum(1), torch.ones(3))
+
+
+def test_resumes_bit_for_bit() -> None:
+    def fresh() -> tuple[Net, OTMixer, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = Net()
+        return net, make(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+
+    net, mixer, optimizer = fresh()
+    train(mixer, net, 4, optimizer)
+
+    half, half_mixer, half_optimizer = fresh()
+    train(half_mixer, half, 2, half_optimizer)
+    saved = half.state_dict(), half_mixer.state_dict(), half_optimizer.state_dict()
+    other, other_mixer, other_optimizer = fresh()
+    other.load_state_dict(saved[0])
+    other_mixer.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    train(other_mixer, other, 4, other_optimizer)
+    for a, b in zip(net.state_dict().values(), other.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_the_foreground_loader_prefers_rare_classes_and_follows_the_epoch() -> None:
+    mixer = make(Net())
+    loader = mixer.foreground_loader(dataset(), batch_size=16)
+    epochs = []
+    for _ in range(3):
+        epochs.append(torch.cat([labels for _, labels in loader]))
+        mixer.end_epoch()
+    assert len(epochs[0]) == len(loader) * 16 == 64
+    share = torch.bincount(torch.cat(epochs), minlength=3) / (3 * 64)
+    want = torch.tensor([1 / 40, 1 / 15, 1 / 5])
+    assert (share - want / want.sum()).abs().max() < 0.12
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_workers_draw_the_same_foregrounds() -> None:
+    mixer = make(Net())
+    alone, two = (torch.cat([y for _, y in mixer.foreground_loader(dataset(), 16, num_workers=n)]) for n in (0, 2))
+    assert torch.equal(alone, two)
+
+
+def test_two_processes_draw_different_parts_of_one_stream() -> None:
+    whole = list(iter(make(Net()).foreground_loader(dataset(), 16).sampler))
+    first, second = (list(iter(make(Net(), rank=r, world=2).foreground_loader(dataset(), 8).sampler)) for r in (0, 1))
+    assert sorted(first + second) == sorted(whole)
+    assert first != second
+
+
+def test_a_shorter_last_batch_of_backgrounds() -> None:
+    data = dataset()
+    mixer = make(Net(), pairing=TransportPairing())
+    mixed = mixer((data.tensors[0][:5], data.tensors[1][:5]), (data.tensors[0][40:56], data.tensors[1][40:56]))
+    assert len(mixed.images) == 5
+
+
+def test_the_model_is_left_as_it_was_under_amp_accumulation_and_compile() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    net.body[1].eval()  # a frozen BatchNorm
+    compiled = torch.compile(net, backend="eager")
+    mixer = make(net, pairing=TransportPairing())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    data, criterion = dataset().tensors, nn.CrossEntropyLoss(reduction="none")
+    before = net.body[1].running_mean.clone()
+    for _ in range(2):  # two batches, one step
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = mixer((data[0][:16], data[1][:16]), (data[0][-16:], data[1][-16:]))
+            loss = mixed.loss(criterion, compiled(mixed.images))
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    optimizer.step()
+    assert torch.equal(net.body[1].running_mean, before)
+    assert net.training
+    assert not net.body[1].training
+
+
+def test_a_scalar_loss_is_refused_with_the_remedy() -> None:
+    data = dataset().tensors
+    mixed = make(Net())((data[0][:4], data[1][:4]), (data[0][-4:], data[1][-4:]))
+    with pytest.raises(ValueError, match="reduction='none'"):
+        mixed.loss(nn.CrossEntropyLoss(), torch.zeros(4, 3))
+
+
+def test_validation_batches_give_the_confusion() -> None:
+    net, data = Net(), dataset().tensors
+    mixer = make(net)
+    mixer.end_epoch(validation=[data])
+    assert mixer.confusion is not None
+    assert mixer.confusion.origin.split == "validation"
+    said = net.eval()(data[0]).argmax(1)
+    for k in range(3):
+        want = torch.bincount(said[data[1] == k], minlength=3) / (data[1] == k).sum()
+        torch.testing.assert_close(mixer.confusion.matrix[k], want)
+
+
+def test_as_a_transform_with_soft_labels() -> None:
+    data = dataset()
+    mixer = make(Net())
+    transform = mixer.as_transform(mixer.foreground_loader(data, batch_size=16))
+    for _ in range(6):  # more batches than the foreground loader has
+        images, soft = transform(data.tensors[0][:16], data.tensors[1][:16])
+        assert images.shape == (16, 1, 8, 8)
+        torch.testing.assert_close(soft.sum(1), torch.ones(16))
+    assert (soft > 0).sum(1).max() == 2
+
+
+def test_bad_use_is_explained() -> None:
+    with pytest.raises(UserError, match="number of epochs"):
+        OTMixer(Net(), [0, 1], epochs=0)
+    with pytest.raises(UserError, match="features and logits are needed"):
+        data = dataset().tensors
+        OTMixer(Net(), data[1], 4, pairing=TransportPairing(), schedule=MixSchedule())(
+            (data[0][:4], data[1][:4]), (data[0][-4:], data[1][-4:])
+        )
+    mixer = make(Net())
+    with pytest.raises(UserError, match="2 classes"):
+        mixer.load_state_dict(OTMixer(Net(), [0, 1], epochs=4).state_dict())
+
+
+@pytest.mark.parametrize("script", ["own_loop.py", "soft_labels.py"])
+def test_the_examples_run_and_are_short(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len((EXAMPLES / script).read_text().splitlines()) < 60
+    monkeypatch.setattr(sys, "argv", [script, "--epochs", "2"])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert "test accuracy" in capsys.readouterr().out
