@@ -1,0 +1,197 @@
+"""Several methods on the same images, several seeds each: train what is missing, then say what the numbers allow."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from otmix import training
+from otmix.config import RunConfig, default_run_dir
+from otmix.errors import UserError
+from otmix.experiments.jobs import train_in_processes
+from otmix.experiments.progress import ProcessProgress
+from otmix.experiments.summary import Comparison, Outcome, summarise
+from otmix.files import read_json
+from otmix.methods import Method, parse_method
+from otmix.training.records import read_config, runs_folder
+from otmix.training.reporter import Reporter, Silent
+from otmix.training.setup import load_data
+
+
+class ComparisonInterrupted(training.Interrupted):
+    """A comparison was asked to stop; the runs that were being trained have saved."""
+
+    def __init__(self, folder: Path, finished: int, total: int) -> None:
+        super().__init__(folder)
+        self.finished, self.total = finished, total
+
+    def __str__(self) -> str:
+        return (
+            f"stopped with {self.finished} of {self.total} runs finished; the same command goes on from there "
+            f"(the runs are in {self.run_dir})"
+        )
+
+    def __reduce__(self) -> tuple[type[ComparisonInterrupted], tuple[Path, int, int]]:  # type: ignore[override]  # more arguments
+        return (type(self), (self.run_dir, self.finished, self.total))
+
+
+def compare(
+    base: RunConfig,
+    methods: Sequence[str],
+    *,
+    seeds: int = 3,
+    jobs: int = 1,
+    runs: Path | None = None,
+    reporter: Reporter | None = None,
+    imports: Sequence[str] = (),
+) -> Comparison:
+    """Compare `methods` under `base`'s settings, with the seeds base.seed, base.seed + 1, …
+
+    Runs that are finished are reused, the others are trained or continued, baselines first. `jobs` of them run at once,
+    each in its own process that loads `imports` (`jobs` = 1: here, one after the other). A run that fails leaves the
+    others alone. The runs and comparison.json are in `runs` (default: $OTMIX_RUNS or ./runs). Raises UserError for a
+    mistake in what is asked, and `ComparisonInterrupted` after Ctrl-C.
+    """
+    reporter = reporter or Silent()
+    chosen = _checked(base, methods, seeds, jobs)
+    folder = runs if runs is not None else runs_folder()
+    configs = {
+        (method.name, seed): _config(base, method, seed, folder)
+        for method in sorted(chosen, key=_training_order)
+        for seed in range(base.seed, base.seed + seeds)
+    }
+    outcomes = {key: _reused(*key, config) for key, config in configs.items() if training.is_finished(_run_dir(config))}
+    missing = {key: config for key, config in configs.items() if key not in outcomes}
+    reporter.message(_plan_in_words(chosen, seeds, len(outcomes), len(missing)))
+    try:
+        _train_missing(missing, outcomes, jobs, imports, reporter)
+    except (KeyboardInterrupt, training.Interrupted):
+        finished = sum(training.is_finished(_run_dir(config)) for config in configs.values())
+        raise ComparisonInterrupted(folder, finished, len(configs)) from None
+    return summarise(base, chosen, [outcomes[key] for key in sorted(outcomes, key=_place_in(chosen))], folder)
+
+
+def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> list[Method]:
+    for name, value in (("--seeds", seeds), ("--jobs", jobs)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, it is {value}")
+    if base.out is not None:
+        raise UserError(
+            "a comparison makes a folder for each run; name the one that they are all put into with --runs, not --out"
+        )
+    base.protocol_settings  # noqa: B018 (raises where a setting is out of range)
+    chosen = list(dict.fromkeys(parse_method(name) for name in methods))
+    if not chosen:
+        raise UserError(
+            "name at least one method to compare, e.g. `otmix compare erm cmo otmix`; `otmix methods` lists them all"
+        )
+    return chosen
+
+
+def _training_order(method: Method) -> tuple[bool, bool]:
+    """Baselines first: without a mixer, without re-weighting."""
+    return method.mixer is not None, method.drw
+
+
+def _place_in(chosen: Sequence[Method]) -> Callable[[tuple[str, int]], tuple[int, int]]:
+    names = [method.name for method in chosen]
+    return lambda key: (names.index(key[0]), key[1])
+
+
+def _config(base: RunConfig, method: Method, seed: int, folder: Path) -> RunConfig:
+    config = replace(base, method=method.name, seed=seed, out=None, resume=True)
+    return replace(config, out=str(default_run_dir(config, folder)))
+
+
+def _run_dir(config: RunConfig) -> Path:
+    return training.run_dir_of(config)
+
+
+def _reused(method: str, seed: int, config: RunConfig) -> Outcome:
+    """A finished run. Raises UserError where its folder holds another one: what is shown must be what was asked for."""
+    run_dir = _run_dir(config)
+    asked, done = config.identity, read_config(run_dir).identity
+    other = [
+        f"{key}: {done[key]} there, {asked[key]} asked for"
+        for key in asked
+        if asked[key] is not None and asked[key] != done[key]
+    ]
+    if other:
+        raise UserError(
+            f"{run_dir} holds a run with other settings ({'; '.join(other)}); "
+            "move it away, or name another folder with --runs"
+        )
+    return Outcome(method, seed, run_dir, "reused", read_json(run_dir / "result.json"))
+
+
+def _train_missing(
+    missing: dict[tuple[str, int], RunConfig],
+    outcomes: dict[tuple[str, int], Outcome],
+    jobs: int,
+    imports: Sequence[str],
+    reporter: Reporter,
+) -> None:
+    """Train one after the other, or `jobs` at once, and note what becomes of each."""
+    total, began = len(missing), time.monotonic()
+    ended = 0
+
+    def note(config: RunConfig, error: str | None) -> None:
+        nonlocal ended
+        ended += 1
+        key, run_dir = (config.method, config.seed), _run_dir(config)
+        if error is None and training.is_finished(run_dir):
+            outcomes[key] = Outcome(*key, run_dir, "trained", read_json(run_dir / "result.json"))
+        else:
+            outcomes[key] = Outcome(*key, run_dir, "failed", error=error or f"{run_dir} has no result.json")
+        reporter.message(f"[{ended}/{total}, {_duration(time.monotonic() - began)}] {_in_words(outcomes[key])}")
+
+    if jobs == 1 or total <= 1:
+        for config in missing.values():
+            note(config, _train_here(config, reporter))
+        return
+    if next(iter(missing.values())).data.startswith("cifar"):
+        load_data(next(iter(missing.values())), reporter.loading)  # so that one process downloads the archive, not all
+    display: AbstractContextManager[Any] = nullcontext()
+    if not isinstance(reporter, Silent) and sys.stderr.isatty():
+        display = ProcessProgress(list(missing.values()))
+    with display as progress:
+        train_in_processes(
+            list(missing.values()), jobs, note, imports=imports, tick=None if progress is None else progress.update
+        )
+
+
+def _train_here(config: RunConfig, reporter: Reporter) -> str | None:
+    """Train in this process; the sentence that stopped it, or None."""
+    try:
+        training.train(config, reporter)
+    except UserError as error:
+        return str(error)
+    except (RuntimeError, OSError) as error:  # a device out of memory must not take the other runs with it
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None
+
+
+def _plan_in_words(chosen: Sequence[Method], seeds: int, finished: int, missing: int) -> str:
+    names = ", ".join(method.title for method in chosen)
+    state = (
+        "all finished already, reused" if not missing else f"{finished} finished already, reused; {missing} to train"
+    )
+    return f"{names}: {seeds} seed{'s' if seeds != 1 else ''} each, {finished + missing} runs ({state})"
+
+
+def _in_words(outcome: Outcome) -> str:
+    title = f"{parse_method(outcome.method).title}, seed {outcome.seed}"
+    if outcome.status == "failed":
+        return f"{title} failed: {outcome.error}"
+    return f"{title}: top-1 error {100 * outcome.result['evaluation']['top1_error']:.1f} % on {outcome.result['split']}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

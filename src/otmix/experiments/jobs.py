@@ -1,0 +1,136 @@
+"""Several trainings at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from otmix.config import RunConfig
+from otmix.training.processes import StopRequest
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class _Child:
+    config: RunConfig
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def train_in_processes(
+    configs: Sequence[RunConfig],
+    at_once: int,
+    ended: Callable[[RunConfig, str | None], None],
+    *,
+    imports: Sequence[str] = (),
+    tick: Callable[[], None] | None = None,
+) -> None:
+    """Train every configuration (each with its `out`), `at_once` at a time, going on where a run left off.
+
+    `ended(config, error)` is told of each one, with None or the sentence that stopped it. Each process gets its share
+    of the cores. Ctrl-C or SIGTERM is passed on; once all have saved and ended, KeyboardInterrupt is raised. A second
+    Ctrl-C does not wait for them.
+    """
+    waiting, running = deque(configs), list[_Child]()
+    stop = StopRequest()
+    with TemporaryDirectory(prefix="otmix-") as folder, stop.listening():
+        try:
+            while (waiting or running) and not stop.requested:
+                while waiting and len(running) < at_once:
+                    running.append(_start(waiting.popleft(), Path(folder), at_once, imports))
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
+                    ended(child.config, _error(child))
+                if tick is not None:
+                    tick()
+                if running:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            _stop(running)
+    if stop.requested:
+        raise KeyboardInterrupt
+
+
+def command(config_file: Path, imports: Sequence[str]) -> list[str]:
+    """What is run for one configuration."""
+    loaded = [part for path in imports for part in ("--import", path)]
+    return [sys.executable, "-m", "otmix", "train", "--config", str(config_file), *loaded]
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """The settings in which a run differs from the defaults, as `otmix train --config` reads them."""
+    defaults = RunConfig().to_dict()
+    changed = {key: value for key, value in config.to_dict().items() if value != defaults[key]}
+    path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]) -> _Child:
+    assert config.out is not None  # compare names the folder of every run
+    run_dir = Path(config.out)
+    config_file = folder / f"{run_dir.name}.yaml"
+    write_config(replace(config, resume=True), config_file)
+    threads = str(max(1, cores() // at_once))
+    # a wide terminal keeps an error on one line
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "COLUMNS": "2000",
+        "NO_COLOR": "1",
+    }
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    log = run_dir.with_name(f"{run_dir.name}.log")
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command(config_file, imports),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+            env=environment,
+        )
+    return _Child(config, process, log)
+
+
+def _error(child: _Child) -> str | None:
+    """Why a process that has ended failed: the last line on its stderr; None for success. Only a crash leaves a log."""
+    code = child.process.returncode
+    if code == 0:
+        child.log.unlink(missing_ok=True)
+        return None
+    lines = [
+        line.strip() for line in child.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
+    said = lines[-1].removeprefix("otmix: ") if lines else "it said nothing"
+    if code == 2:
+        child.log.unlink(missing_ok=True)
+        return said
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{said} ({how}; see {child.log})"
+
+
+def _stop(running: Sequence[_Child]) -> None:
+    """Ask processes to save and end, and wait for them."""
+    for child in running:
+        child.process.terminate()
+    try:
+        for child in running:
+            child.process.wait()
+            child.log.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        for child in running:
+            child.process.kill()
+        raise
