@@ -12,7 +12,8 @@ from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.training.loop import RunState
 from otmix.training.reporter import Silent
-from otmix.training.run import build_run, make_fabric
+from otmix.training.build import build_run
+from otmix.training.launch import make_fabric
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
 from otmix.types import Mixed, Output

@@ -22,7 +22,7 @@ from otmix.evaluation import predict_probabilities
 from otmix.training import Run, open_run
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
-from otmix.training.run import make_fabric
+from otmix.training.launch import make_fabric
 from otmix.training.setup import load_data, split_of
 from otmix.types import Batch, Items
 

@@ -29,7 +29,7 @@ def draw_shares(alpha: float, n: int, generator: torch.Generator) -> Tensor:
     By inverting the distribution function at uniforms, because torch's own Beta takes no generator.
     """
     # here, not above: SciPy takes longer to load than all of this package
-    from scipy.special import betaincinv  # type: ignore[import-untyped]  # SciPy ships no types
+    from scipy.special import betaincinv
 
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     return torch.from_numpy(betaincinv(alpha, alpha, u.numpy())).clamp_(0.0, 1.0)

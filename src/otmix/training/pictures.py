@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from otmix.mixer import MixSchedule
+from otmix.mixing import CutMix
 from otmix.pairing import Curriculum, PairingContext, TransportPairing
 from otmix.reports import figures
 from otmix.sampling import ForegroundStream
@@ -43,6 +44,11 @@ def draw_pictures(run: RunState, plan: Plan) -> None:
     with torch.no_grad():
         mixed = mixer(backgrounds, foregrounds, run.state.make_embed(StepItems(backgrounds, foregrounds)), context)
     assert mixed.pairs is not None  # the schedule above mixes always
+    height, width = backgrounds.images.shape[-2:]
+    drawn = mixer.mixer.draw(
+        len(mixed.pairs), height, width, moment.generator("mix")
+    )  # the same draw as in the mix above
+    boxes = drawn.expand(len(mixed.pairs), 4)[:GRID] if isinstance(mixer.mixer, CutMix) else None
     shown = slice(0, GRID)
     chosen = backgrounds[mixed.pairs.background][shown], foregrounds[mixed.pairs.foreground][shown]
     figure = figures.mixed_grid(
@@ -54,6 +60,7 @@ def draw_pictures(run: RunState, plan: Plan) -> None:
         mixed.image_share[shown].cpu(),
         plan.dataset.class_names,
         title=f"{plan.method.title}: foreground, background, mix",
+        boxes=boxes,
     )
     figures.save(figure, run.run_dir / "figures" / "mixed.png")
     if isinstance(pairing, TransportPairing):

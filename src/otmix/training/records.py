@@ -88,10 +88,10 @@ def data_record(dataset: ImageDataset) -> dict[str, Any]:
 
 
 def write_records(run_dir: Path, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
-    """config.yaml, data.json and environment.json of a new run."""
-    write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    """data.json, environment.json and, last, config.yaml: a directory that has it is a run that has begun."""
     write_json(run_dir / "data.json", data_record(dataset))
     write_json(run_dir / "environment.json", environment(device))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
 
 
 def read_config(run_dir: Path) -> RunConfig:

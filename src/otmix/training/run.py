@@ -3,62 +3,29 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from otmix.config import RunConfig
-from otmix.data import ImageStore, open_store
 from otmix.errors import UserError
-from otmix.evaluation import Evaluation
-from otmix.files import read_json, write_atomic, write_json
-from otmix.randomness import derive_seed, generator
+from otmix.files import read_json, remove_temporaries
+from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
-from otmix.sampling import BackgroundStream, ForegroundStream
-from otmix.training.confusion_source import as_items
-from otmix.training.evaluate import evaluate_items
-from otmix.training.loop import Interrupted, RunState, fit, restore
-from otmix.training.pictures import draw_pictures
-from otmix.training.records import data_record, environment, read_config, write_records
+from otmix.training.build import build_run
+from otmix.training.launch import make_fabric, train_in_processes
+from otmix.training.loop import RunState, fit, restore
+from otmix.training.outcome import finish
+from otmix.training.records import data_record, read_config, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import is_finished, run_dir_of
-from otmix.training.setup import (
-    Forward,
-    Plan,
-    build_confusion_source,
-    build_optimizer,
-    embed_maker,
-    load_data,
-    prepare,
-    split_of,
-)
-from otmix.training.stage import StepState
-from otmix.training.tally import Tally
-from otmix.types import Items, Output
+from otmix.training.setup import Plan, load_data, prepare
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-PROBE_IMAGES = 1000
-"""Training images that progress is watched on where there is no validation split: the same ones after each epoch."""
-
-
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """A split that is looked at after an epoch: the key of its error in the log, its store and items."""
-
-    key: str
-    store: ImageStore
-    items: Items
 
 
 def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
@@ -68,9 +35,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """
     reporter = reporter or Silent()
     run_dir = run_dir_of(config)
-    if (
-        int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0
-    ):  # torchrun or SLURM started us beside rank 0
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        # torchrun or SLURM started this process beside rank 0, which looks after the directory
         return _train(make_fabric(config), config, reporter)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; name a folder with --out")
@@ -80,15 +46,20 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         raise UserError(
             f"{run_dir} already holds {state}; add --resume to go on with it, or choose another folder with --out"
         )
-    if run_dir.is_dir() and not started and any(path.name[0] != "." for path in run_dir.iterdir()):
+    if run_dir.is_dir() and not started and any(_is_foreign(path) for path in run_dir.iterdir()):
         raise UserError(f"the folder {run_dir} is not empty and holds no run; choose another folder with --out")
     try:
         with alone_in(run_dir):
             if config.devices * config.num_nodes == 1:
                 return _train(make_fabric(config), config, reporter)
-            return _train_in_processes(config, reporter)
+            return train_in_processes(_train, config, reporter)
     finally:
         reporter.close()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file cannot be what a run leaves that was killed before its configuration was written."""
+    return path.name[0] != "." and path.name not in ("data.json", "environment.json")
 
 
 @contextmanager
@@ -123,63 +94,6 @@ def alone_in(run_dir: Path) -> Iterator[None]:
                     run_dir.rmdir()
 
 
-def make_fabric(config: RunConfig) -> Fabric:
-    """Fabric for the device, precision and processes that a configuration asks for. Raises UserError where the machine
-    has none such.
-    """
-    with _lightning_quietly():
-        from lightning.fabric import Fabric
-        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        several = config.devices * config.num_nodes > 1
-        # torchrun and SLURM start the processes themselves; on one machine we do, from Python as from the command line
-        outside = TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or config.num_nodes > 1
-        strategy = "auto" if not several else "ddp" if outside else "ddp_spawn"
-        try:
-            return Fabric(
-                accelerator=config.accelerator,
-                devices=config.devices,
-                num_nodes=config.num_nodes,
-                precision=config.precision,
-                strategy=strategy,
-            )
-        except (MisconfigurationException, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
-                f"{config.precision}: {error}"
-            ) from error
-
-
-def _train_in_processes(config: RunConfig, reporter: Reporter) -> Path:
-    """Start the processes, and bring the one sentence back from the one that failed."""
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-
-    with tempfile.TemporaryDirectory() as folder:
-        message = Path(folder) / "message"
-        fabric = make_fabric(config)
-        try:
-            return Path(fabric.launch(partial(_train_in_process, message=message), config, reporter))
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            code = getattr(error, "exit_code", None)
-            if code == 130:
-                raise Interrupted(run_dir_of(config)) from None
-            if message.exists():
-                raise UserError(message.read_text()) from None
-            raise
-
-
-def _train_in_process(fabric: Fabric, config: RunConfig, reporter: Reporter, message: Path) -> str:
-    try:
-        return str(_train(fabric, config, reporter))
-    except UserError as error:
-        message.write_text(str(error))
-        raise SystemExit(2) from None
-    except Interrupted:
-        raise SystemExit(130) from None
-
-
 def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     """The whole run, on each of its processes."""
     main = fabric.global_rank == 0
@@ -200,6 +114,8 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
             return run_dir
     elif main:
         write_records(run_dir, plan.config, dataset, fabric.device)
+    if main:
+        remove_temporaries(run_dir)
     fabric.barrier()
 
     run = build_run(fabric, run_dir, plan, reporter)
@@ -210,170 +126,6 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     fit(run)
     finish(run, plan)
     return run_dir
-
-
-def build_run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> RunState:
-    """Model, optimiser, streams and stores on their device, ready for the first step."""
-    config, dataset, stage = plan.config, plan.dataset, plan.stage
-    stage.prepare(plan.model)
-    stage.criterion.to(fabric.device)
-    store = open_store(
-        dataset.train, dataset, fabric.device, train=True, workers=config.workers, progress=reporter.loading
-    )
-    model = plan.model.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
-    optimizer = build_optimizer(model, stage.optimizer)
-    forward_module: torch.nn.Module = Forward(model)
-    if config.compile:
-        forward_module = torch.compile(forward_module)  # type: ignore[assignment]  # an OptimizedModule is a Module
-    with _lightning_quietly():
-        wrapped, optimizer = fabric.setup(forward_module, optimizer)
-
-    def forward(images: Tensor) -> Output:
-        return Output(*wrapped(images.contiguous(memory_format=torch.channels_last)))
-
-    world = fabric.world_size
-    source = build_confusion_source(plan, fabric, store)
-    labels = dataset.train.labels
-    foreground = (
-        None if stage.foreground_probability is None else ForegroundStream(labels, stage.foreground_probability, world)
-    )
-    return RunState(
-        fabric=fabric,
-        run_dir=run_dir,
-        seed=config.seed,
-        stage_index=0,
-        stage=stage,
-        state=StepState(
-            model=model,
-            forward=forward,
-            make_embed=embed_maker(plan, fabric, store, source),
-            criterion=stage.criterion,
-            class_weight=None,
-            reduction=stage.reduction,
-            mixer=stage.mixer,
-            counter=source.counter if source is not None and source.streamed else None,
-        ),
-        module=wrapped,
-        optimizer=optimizer,
-        store=store,
-        background=BackgroundStream(labels, stage.background_batch, world),
-        foreground=foreground,
-        confusion_source=source,
-        tally=Tally(dataset.counts.num_classes, fabric.device),
-        reporter=reporter,
-        watch=partial(watch, plan=plan, splits=watched_splits(fabric, plan, store)),
-        checkpoint_minutes=config.checkpoint_minutes,
-    )
-
-
-def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore) -> list[Watched]:
-    """What progress shows: validation images where there are any, else a fixed probe of training images; the test set
-    only under `best-on-test`.
-    """
-    dataset = plan.dataset
-    splits: list[Watched] = []
-
-    def whole(split: str) -> Watched:
-        source = split_of(dataset, split)
-        store = open_store(source, dataset, fabric.device, train=False, workers=plan.config.workers)
-        return Watched(f"{split}_error", store, as_items(source.labels))
-
-    if dataset.validation is not None:
-        splits.append(whole("validation"))
-    else:
-        labels = dataset.train.labels
-        order = torch.randperm(len(labels), generator=generator(plan.config.seed, "probe"))
-        probe = order[:PROBE_IMAGES].sort().values
-        splits.append(Watched("probe_error", train_store, Items(labels[probe], probe)))
-    if plan.protocol.headline == "best-on-test":
-        splits.append(whole("test"))
-    return splits
-
-
-def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[str, float | None]:
-    """Errors on the watched splits; under `best-on-test` also keeps the model of the best epoch so far."""
-    errors: dict[str, float | None] = dict.fromkeys(("validation_error", "probe_error", "test_error"))
-    choosing = plan.protocol.headline == "best-on-test"
-    if not (last or choosing or (run.epoch + 1) % plan.config.evaluate_every == 0):
-        return errors
-    for split in splits:
-        errors[split.key] = _evaluate(run, plan, split.store, split.items)[0].top1_error
-    test_error = errors["test_error"]
-    if choosing and test_error is not None and (run.best is None or test_error < run.best["test_error"]):
-        run.best = {"epoch": run.epoch, "test_error": test_error}
-        if run.fabric.global_rank == 0:
-            save_weights(run, "best.safetensors")
-    return errors
-
-
-def _evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
-    size = 512 if plan.dataset.small else max(1, (plan.config.batch_size or 1) // run.fabric.world_size)
-    return evaluate_items(run.fabric, run.state.model, run.state.criterion, store, items, plan.dataset.counts, size)
-
-
-def save_weights(run: RunState, name: str) -> None:
-    from safetensors.torch import save
-
-    weights = {key: value.detach().cpu().contiguous() for key, value in run.state.model.state_dict().items()}
-    write_atomic(run.run_dir / name, lambda stream: stream.write(save(weights)))
-
-
-def finish(run: RunState, plan: Plan) -> None:
-    """The final evaluation and everything that is written once. `result.json` comes last: a run that has it is
-    finished.
-    """
-    config, dataset, method = plan.config, plan.dataset, plan.method
-    if plan.protocol.headline == "best-on-test" and run.best is not None:
-        from safetensors.torch import load_file
-
-        run.state.model.load_state_dict(load_file(run.run_dir / "best.safetensors"))
-    source = split_of(dataset, config.final_split)
-    store = open_store(source, dataset, run.fabric.device, train=False, workers=config.workers)
-    evaluation, probabilities = _evaluate(run, plan, store, as_items(source.labels))
-    if run.fabric.global_rank != 0:
-        run.fabric.barrier()
-        return
-    save_weights(run, "model.safetensors")
-    _save_arrays(run, source.labels, probabilities)
-    seconds = [row["seconds"] for row in run.history]
-    where = environment(run.fabric.device)
-    result = {
-        "method": method.name,
-        "title": method.title,
-        "protocol": config.protocol,
-        "set": config.to_dict()["set"],
-        "looks_at_test": plan.protocol.looks_at_test
-        if method.mixer == "otmix"
-        else plan.protocol.headline == "best-on-test",
-        "headline_epoch": run.best["epoch"] if run.best is not None else config.epochs,
-        "data": dataset.name,
-        "split": config.final_split,
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "backbone": config.backbone,
-        "hash": plan.config.hash,
-        "commit": where["commit"],
-        "device": where["device"],
-        "precision": config.precision,
-        "seconds_per_epoch": float(np.median(seconds)),
-        "evaluation": evaluation.to_dict(),
-    }
-    draw_pictures(run, plan)
-    write_json(run.run_dir / "result.json", result)
-    write_page(run.run_dir)
-    run.reporter.finish(result, run.run_dir)
-    run.fabric.barrier()
-
-
-def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor) -> None:
-    arrays: dict[str, Any] = {
-        "index": np.arange(len(labels)),
-        "labels": labels.cpu().numpy(),
-        "probabilities": probabilities.half().numpy(),
-    }
-    write_atomic(run.run_dir / "predictions.npz", lambda stream: np.savez_compressed(stream, **arrays))
-    pairs: dict[str, Any] = {by: table.value.to_dense().cpu().long().numpy() for by, table in run.tally.pairs.items()}
-    write_atomic(run.run_dir / "pairs.npz", lambda stream: np.savez_compressed(stream, **pairs))
 
 
 def check_same_run(run_dir: Path, plan: Plan) -> None:
@@ -412,14 +164,3 @@ def _info(plan: Plan, run: RunState, resumed_at: int | None) -> RunInfo:
         notes=tuple(dataset.notes),
         resumed_at_epoch=resumed_at,
     )
-
-
-@contextmanager
-def _lightning_quietly() -> Iterator[None]:
-    """Without Lightning's hints about itself; our own warnings are unaffected."""
-    import logging
-
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield

@@ -1,0 +1,78 @@
+"""The pieces of a run put together on their device, ready for the first step."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otmix.data import open_store
+from otmix.sampling import BackgroundStream, ForegroundStream
+from otmix.training.launch import lightning_quietly
+from otmix.training.loop import RunState
+from otmix.training.reporter import Reporter
+from otmix.training.setup import Forward, Plan, build_confusion_source, build_optimizer, embed_maker
+from otmix.training.stage import StepState
+from otmix.training.tally import Tally
+from otmix.training.watching import watch, watched_splits
+from otmix.types import Output
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def build_run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> RunState:
+    """Model, optimiser, streams and stores on their device, ready for the first step."""
+    config, dataset, stage = plan.config, plan.dataset, plan.stage
+    stage.prepare(plan.model)
+    stage.criterion.to(fabric.device)
+    store = open_store(
+        dataset.train, dataset, fabric.device, train=True, workers=config.workers, progress=reporter.loading
+    )
+    model = plan.model.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
+    optimizer = build_optimizer(model, stage.optimizer)
+    forward_module: torch.nn.Module = Forward(model)
+    if config.compile:
+        forward_module = torch.compile(forward_module)  # type: ignore[assignment]  # an OptimizedModule is a Module
+    with lightning_quietly():
+        wrapped, optimizer = fabric.setup(forward_module, optimizer)
+
+    def forward(images: Tensor) -> Output:
+        return Output(*wrapped(images.contiguous(memory_format=torch.channels_last)))
+
+    world = fabric.world_size
+    source = build_confusion_source(plan, fabric, store)
+    labels = dataset.train.labels
+    foreground = (
+        None if stage.foreground_probability is None else ForegroundStream(labels, stage.foreground_probability, world)
+    )
+    return RunState(
+        fabric=fabric,
+        run_dir=run_dir,
+        seed=config.seed,
+        stage_index=0,
+        stage=stage,
+        state=StepState(
+            model=model,
+            forward=forward,
+            make_embed=embed_maker(plan, fabric, store, source),
+            criterion=stage.criterion,
+            class_weight=None,
+            reduction=stage.reduction,
+            mixer=stage.mixer,
+            counter=source.counter if source is not None and source.streamed else None,
+        ),
+        module=wrapped,
+        optimizer=optimizer,
+        store=store,
+        background=BackgroundStream(labels, stage.background_batch, world),
+        foreground=foreground,
+        confusion_source=source,
+        tally=Tally(dataset.counts.num_classes, fabric.device),
+        reporter=reporter,
+        watch=partial(watch, plan=plan, splits=watched_splits(fabric, plan, store)),
+        checkpoint_minutes=config.checkpoint_minutes,
+    )

@@ -1,0 +1,93 @@
+"""Where and in how many processes a run is computed: Lightning Fabric, started and kept quiet."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otmix.config import RunConfig
+from otmix.errors import UserError
+from otmix.training.loop import Interrupted
+from otmix.training.reporter import Reporter
+from otmix.training.runs import run_dir_of
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Work = Callable[["Fabric", RunConfig, Reporter], Path]
+"""A whole run on one of its processes."""
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """Fabric for the device, precision and processes that a configuration asks for. Raises UserError where the machine
+    has none such.
+    """
+    with lightning_quietly():
+        from lightning.fabric import Fabric
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        several = config.devices * config.num_nodes > 1
+        # torchrun and SLURM start the processes themselves; on one machine we do, from Python as from the command line
+        outside = TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or config.num_nodes > 1
+        strategy = "auto" if not several else "ddp" if outside else "ddp_spawn"
+        try:
+            return Fabric(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                num_nodes=config.num_nodes,
+                precision=config.precision,
+                strategy=strategy,
+            )
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
+                f"{config.precision}: {error}"
+            ) from error
+
+
+def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Path:
+    """Start the processes, and bring the one sentence back from the one that failed."""
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+    with tempfile.TemporaryDirectory() as folder:
+        message = Path(folder) / "message"
+        fabric = make_fabric(config)
+        try:
+            return Path(fabric.launch(partial(_in_one_process, work=work, message=message), config, reporter))
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            code = getattr(error, "exit_code", None)
+            if code == 130:
+                raise Interrupted(run_dir_of(config)) from None
+            if message.exists():
+                raise UserError(message.read_text()) from None
+            raise
+
+
+def _in_one_process(fabric: Fabric, config: RunConfig, reporter: Reporter, work: Work, message: Path) -> str:
+    try:
+        return str(work(fabric, config, reporter))
+    except UserError as error:
+        message.write_text(str(error))
+        raise SystemExit(2) from None
+    except Interrupted:
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def lightning_quietly() -> Iterator[None]:
+    """Without Lightning's hints about itself; our own warnings are unaffected."""
+    import logging
+
+    import lightning.fabric  # noqa: F401  (its import sets the level of its logger)
+
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield

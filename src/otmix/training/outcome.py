@@ -1,0 +1,76 @@
+"""The end of a run: the final evaluation, and everything that is written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from otmix.data import open_store
+from otmix.files import write_atomic, write_json
+from otmix.reports.page import write_page
+from otmix.training.confusion_source import as_items
+from otmix.training.loop import RunState
+from otmix.training.pictures import draw_pictures
+from otmix.training.records import environment
+from otmix.training.setup import Plan, split_of
+from otmix.training.watching import evaluate, save_weights
+
+
+def finish(run: RunState, plan: Plan) -> None:
+    """The final evaluation and everything that is written once. `result.json` comes last: a run that has it is
+    finished.
+    """
+    config, dataset, method = plan.config, plan.dataset, plan.method
+    if plan.protocol.headline == "best-on-test" and run.best is not None:
+        from safetensors.torch import load_file
+
+        run.state.model.load_state_dict(load_file(run.run_dir / "best.safetensors"))
+    source = split_of(dataset, config.final_split)
+    store = open_store(source, dataset, run.fabric.device, train=False, workers=config.workers)
+    evaluation, probabilities = evaluate(run, plan, store, as_items(source.labels))
+    if run.fabric.global_rank != 0:
+        run.fabric.barrier()
+        return
+    save_weights(run, "model.safetensors")
+    _save_arrays(run, source.labels, probabilities)
+    seconds = [row["seconds"] for row in run.history]
+    where = environment(run.fabric.device)
+    result = {
+        "method": method.name,
+        "title": method.title,
+        "protocol": config.protocol,
+        "set": config.to_dict()["set"],
+        "looks_at_test": plan.protocol.looks_at_test
+        if method.mixer == "otmix"
+        else plan.protocol.headline == "best-on-test",
+        "headline_epoch": run.best["epoch"] if run.best is not None else config.epochs,
+        "data": dataset.name,
+        "split": config.final_split,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "backbone": config.backbone,
+        "hash": plan.config.hash,
+        "commit": where["commit"],
+        "device": where["device"],
+        "precision": config.precision,
+        "seconds_per_epoch": float(np.median(seconds)),
+        "evaluation": evaluation.to_dict(),
+    }
+    draw_pictures(run, plan)
+    write_json(run.run_dir / "result.json", result)
+    write_page(run.run_dir)
+    run.reporter.finish(result, run.run_dir)
+    run.fabric.barrier()
+
+
+def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor) -> None:
+    arrays: dict[str, Any] = {
+        "index": np.arange(len(labels)),
+        "labels": labels.cpu().numpy(),
+        "probabilities": probabilities.half().numpy(),
+    }
+    write_atomic(run.run_dir / "predictions.npz", lambda stream: np.savez_compressed(stream, **arrays))
+    pairs: dict[str, Any] = {by: table.value.to_dense().cpu().long().numpy() for by, table in run.tally.pairs.items()}
+    write_atomic(run.run_dir / "pairs.npz", lambda stream: np.savez_compressed(stream, **pairs))

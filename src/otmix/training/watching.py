@@ -1,0 +1,86 @@
+"""What progress shows: errors on validation images, or on a fixed probe of training images, after an epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otmix.data import ImageStore, open_store
+from otmix.evaluation import Evaluation
+from otmix.files import write_atomic
+from otmix.randomness import generator
+from otmix.training.confusion_source import as_items
+from otmix.training.evaluate import evaluate_items
+from otmix.training.loop import RunState
+from otmix.training.setup import Plan, split_of
+from otmix.types import Items
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+PROBE_IMAGES = 1000
+"""Training images that progress is watched on where there is no validation split: the same ones after each epoch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A split that is looked at after an epoch: the key of its error in the log, its store and items."""
+
+    key: str
+    store: ImageStore
+    items: Items
+
+
+def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore) -> list[Watched]:
+    """What progress shows: validation images where there are any, else a fixed probe of training images; the test set
+    only under `best-on-test`.
+    """
+    dataset = plan.dataset
+    splits: list[Watched] = []
+
+    def whole(split: str) -> Watched:
+        source = split_of(dataset, split)
+        store = open_store(source, dataset, fabric.device, train=False, workers=plan.config.workers)
+        return Watched(f"{split}_error", store, as_items(source.labels))
+
+    if dataset.validation is not None:
+        splits.append(whole("validation"))
+    else:
+        labels = dataset.train.labels
+        order = torch.randperm(len(labels), generator=generator(plan.config.seed, "probe"))
+        probe = order[:PROBE_IMAGES].sort().values
+        splits.append(Watched("probe_error", train_store, Items(labels[probe], probe)))
+    if plan.protocol.headline == "best-on-test":
+        splits.append(whole("test"))
+    return splits
+
+
+def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[str, float | None]:
+    """Errors on the watched splits; under `best-on-test` also keeps the model of the best epoch so far."""
+    errors: dict[str, float | None] = dict.fromkeys(("validation_error", "probe_error", "test_error"))
+    choosing = plan.protocol.headline == "best-on-test"
+    if not (last or choosing or (run.epoch + 1) % plan.config.evaluate_every == 0):
+        return errors
+    for split in splits:
+        errors[split.key] = evaluate(run, plan, split.store, split.items)[0].top1_error
+    test_error = errors["test_error"]
+    if choosing and test_error is not None and (run.best is None or test_error < run.best["test_error"]):
+        run.best = {"epoch": run.epoch, "test_error": test_error}
+        if run.fabric.global_rank == 0:
+            save_weights(run, "best.safetensors")
+    return errors
+
+
+def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
+    size = 512 if plan.dataset.small else max(1, (plan.config.batch_size or 1) // run.fabric.world_size)
+    return evaluate_items(run.fabric, run.state.model, run.state.criterion, store, items, plan.dataset.counts, size)
+
+
+def save_weights(run: RunState, name: str) -> None:
+    from safetensors.torch import save
+
+    weights = {key: value.detach().cpu().contiguous() for key, value in run.state.model.state_dict().items()}
+    write_atomic(run.run_dir / name, lambda stream: stream.write(save(weights)))
