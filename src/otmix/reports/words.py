@@ -52,8 +52,8 @@ def lead(record: RunRecord) -> str:
     if counts[largest] == counts[smallest]:
         return f"{text} Each class has {counts[largest]:,} training images."
     return (
-        f"{text} The largest class, {names[largest]}, has {counts[largest]:,} training images; the smallest, "
-        f"{names[smallest]}, {counts[smallest]:,}: {counts[largest] / max(1, counts[smallest]):,.3g} to 1."
+        f"{text} The largest class ({names[largest]}) has {counts[largest]:,} training images, the smallest "
+        f"({names[smallest]}) has {counts[smallest]:,}: {counts[largest] / max(1, counts[smallest]):,.3g} to 1."
     )
 
 

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from otmix.reports.figures.style import BLUE, GREY, INK, ORANGE, finish, log_scale, new_figure, plain
+from otmix.reports.figures.style import GREY, INK, PALETTE, finish, log_scale, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PANELS = (
+_ERRORS = {
+    "train_error": "training, as mixed",
+    "probe_error": "some training images, unmixed",
+    "validation_error": "validation",
+    "test_error": "test",
+}
+_PANELS: tuple[tuple[str, dict[str, str], float], ...] = (
     ("training loss", {"loss": "loss"}, 1.0),
-    ("error in %", {"train_error": "training", "validation_error": "validation"}, 100.0),
+    ("error in %", _ERRORS, 100.0),
     ("learning rate", {"lr": "learning rate"}, 1.0),
     ("batches in %", {"mixed_share": "mixed", "transport_share": "paired by transport"}, 100.0),
 )
@@ -50,7 +56,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlim(0, len(epochs) + 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         stepped = name == "learning rate" and _is_stepped(next(iter(lines.values())))
-        for (label, values), colour in zip(lines.items(), (BLUE, ORANGE)):
+        for (label, values), colour in zip(lines.items(), PALETTE):
             known = np.isfinite(values)
             style = {"marker": "." if known.sum() <= 30 else None, "drawstyle": "steps-mid" if stepped else "default"}
             axes.plot(epochs[known], values[known], color=colour, linewidth=1.4, label=label, **style)

@@ -97,7 +97,8 @@ def plain(axes: Axes) -> None:
 
 
 def name_ticks(axis: Axis, names: Sequence[str], length: int = 18, rotation: float = 0, size: float = 8) -> None:
-    """Class names at the places 0 … K−1 of an axis."""
+    """Class names at the places 0 … K−1 of an axis; short ones are not turned."""
+    rotation = rotation if any(len(name) > 3 for name in names) else 0
     axis.set_ticks(np.arange(len(names)), labels=[shorten(name, length) for name in names])
     for label in axis.get_ticklabels():
         label.set_fontsize(size)
