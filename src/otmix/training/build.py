@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from otmix.data import open_store
+from otmix.randomness import derive_seed
 from otmix.sampling import BackgroundStream, ForegroundStream
 from otmix.training.launch import lightning_quietly
 from otmix.training.loop import RunState
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def build_run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> RunState:
-    """Model, optimiser, streams and stores on their device, ready for the first step."""
-    config, dataset, stage = plan.config, plan.dataset, plan.stage
-    stage.prepare(plan.model)
+def build_run(
+    fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter, stage_index: int = 0, before: RunState | None = None
+) -> RunState:
+    """Model, optimiser, streams and stores on their device, ready for the first step of a stage.
+
+    The model goes on from where it is; from the stage `before` also the log, the counts of pairs and the confusion.
+    """
+    config, dataset, stage = plan.config, plan.dataset, plan.stages[stage_index]
+    stage.prepare(plan.model, derive_seed(config.seed, "reset", stage_index))
     stage.criterion.to(fabric.device)
     store = open_store(
         dataset.train, dataset, fabric.device, train=True, workers=config.workers, progress=reporter.loading
@@ -53,12 +59,12 @@ def build_run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> 
         fabric=fabric,
         run_dir=run_dir,
         seed=config.seed,
-        stage_index=0,
+        stage_index=stage_index,
         stage=stage,
         state=StepState(
             model=model,
             forward=forward,
-            make_embed=embed_maker(plan, fabric, store, source),
+            make_embed=embed_maker(plan, stage.criterion, fabric, store, source),
             criterion=stage.criterion,
             class_weight=None,
             reduction=stage.reduction,
@@ -71,8 +77,11 @@ def build_run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> 
         background=BackgroundStream(labels, stage.background_batch, world),
         foreground=foreground,
         confusion_source=source,
-        tally=Tally(dataset.counts.num_classes, fabric.device),
+        tally=before.tally if before is not None else Tally(dataset.counts.num_classes, fabric.device),
         reporter=reporter,
         watch=partial(watch, plan=plan, splits=watched_splits(fabric, plan, store)),
         checkpoint_minutes=config.checkpoint_minutes,
+        history=before.history if before is not None else [],
+        best=before.best if before is not None else None,
+        confusion=before.confusion if before is not None else None,
     )

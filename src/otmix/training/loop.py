@@ -20,7 +20,7 @@ from otmix.files import write_text
 from otmix.pairing import PairingContext
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream, ForegroundStream
-from otmix.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from otmix.training.checkpoint import random_state, restore_random_state, save_checkpoint
 from otmix.training.confusion_source import ConfusionSource
 from otmix.training.processes import StopRequest, summed
 from otmix.training.reporter import Progress, Reporter
@@ -79,12 +79,12 @@ class RunState:
     best: dict[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.run_dir / "checkpoint.pt"
-
     def moment(self, step: int) -> Moment:
         return Moment(self.seed, self.stage_index, self.epoch, self.stage.epochs, step, self.fabric.global_rank)
+
+
+def checkpoint_path(run_dir: Path) -> Path:
+    return run_dir / "checkpoint.pt"
 
 
 def fit(run: RunState) -> None:
@@ -170,7 +170,7 @@ def check_finite(run: RunState) -> None:
     if int(bad) >= 0:
         kept = (
             f"the checkpoint before it is kept in {run.run_dir}"
-            if run.checkpoint_path.exists()
+            if checkpoint_path(run.run_dir).exists()
             else "no checkpoint had been written yet"
         )
         raise UserError(
@@ -186,7 +186,7 @@ def save(run: RunState) -> None:
     counter = None if run.confusion_source is None else run.confusion_source.counter.table.gathered(add_up).cpu()
     tally = run.tally.state_dict(add_up)
     if run.fabric.global_rank == 0:
-        save_checkpoint(run.checkpoint_path, _payload(run, counter, tally))
+        save_checkpoint(checkpoint_path(run.run_dir), _payload(run, counter, tally))
         write_text(run.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
     run.fabric.barrier()
 
@@ -199,6 +199,7 @@ def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> di
         "step": run.step,
         "model": run.state.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "precision": run.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
         "confusion": None
         if confusion is None
         else {"matrix": confusion.matrix.cpu(), "origin": vars(confusion.origin).copy()},
@@ -210,15 +211,16 @@ def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> di
     }
 
 
-def restore(run: RunState) -> None:
+def restore(run: RunState, payload: dict[str, Any]) -> None:
     """Put a run where its checkpoint left off."""
-    payload = load_checkpoint(run.checkpoint_path)
     try:
         run.state.model.load_state_dict(payload["model"])
         run.optimizer.load_state_dict(payload["optimizer"])
+        run.fabric.strategy.precision.load_state_dict(payload["precision"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"{run.checkpoint_path} belongs to another model or optimiser; resume with the settings the run began with"
+            f"{checkpoint_path(run.run_dir)} belongs to another model or optimiser; resume with the settings the run "
+            "began with"
         ) from error
     run.epoch, run.step = payload["epoch"], payload["step"]
     run.history, run.best = payload["history"], payload["best"]

@@ -16,8 +16,9 @@ from otmix.files import read_json, remove_temporaries
 from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
 from otmix.training.build import build_run
+from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, train_in_processes
-from otmix.training.loop import RunState, fit, restore
+from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
 from otmix.training.records import data_record, read_config, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
@@ -118,12 +119,18 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
         remove_temporaries(run_dir)
     fabric.barrier()
 
-    run = build_run(fabric, run_dir, plan, reporter)
-    resumed = run.checkpoint_path.exists()
-    if resumed:
-        restore(run)
-    reporter.start(_info(plan, run, run.epoch if resumed else None))
-    fit(run)
+    path = checkpoint_path(run_dir)
+    saved = load_checkpoint(path) if path.exists() else None
+    first = 0 if saved is None else saved["stage_index"]
+    run = None
+    for index in range(first, len(plan.stages)):
+        run = build_run(fabric, run_dir, plan, reporter, index, run)
+        resumed = saved is not None and index == first
+        if saved is not None and resumed:
+            restore(run, saved)
+        reporter.start(_info(plan, run, run.epoch if resumed else None))
+        fit(run)
+    assert run is not None  # a plan has at least one stage
     finish(run, plan)
     return run_dir
 

@@ -44,7 +44,7 @@ class Plan:
     protocol: Protocol
     dataset: ImageDataset
     model: Classifier
-    stage: Stage
+    stages: tuple[Stage, ...]
 
 
 def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> ImageDataset:
@@ -98,13 +98,13 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
             f"the features of protocol 'official' exist in CIFAR ResNets only, not in {config.backbone}; choose "
             "--backbone resnet32, or --protocol clean"
         )
-    return Plan(config, method, protocol, dataset, model, build_stage(config, method, protocol, dataset, criterion))
+    return Plan(config, method, protocol, dataset, model, build_stages(config, method, protocol, dataset, criterion))
 
 
-def build_stage(
+def build_stages(
     config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset, criterion: Criterion
-) -> Stage:
-    """The one stage of a single-stage method."""
+) -> tuple[Stage, ...]:
+    """What a method's training consists of: one stage for all methods so far."""
     assert (
         config.epochs
         and config.batch_size
@@ -121,7 +121,7 @@ def build_stage(
             else inverse_frequency(dataset.counts, protocol.foreground_r)
         )
         foreground = law
-    return Stage(
+    only = Stage(
         name=method.name,
         epochs=config.epochs,
         criterion=criterion,
@@ -133,6 +133,7 @@ def build_stage(
         reweighting=DeferredReweighting(dataset.counts) if method.drw else None,
         reduction=protocol.weighted_mean,
     )
+    return (only,)
 
 
 def build_mixer(method: Method, protocol: Protocol) -> BatchMixer | None:
@@ -223,12 +224,12 @@ class Forward(nn.Module):
 
 
 def embed_maker(
-    plan: Plan, fabric: Fabric, store: ImageStore, source: ConfusionSource | None
+    plan: Plan, criterion: Criterion, fabric: Fabric, store: ImageStore, source: ConfusionSource | None
 ) -> Callable[[StepItems], Embed]:
     """Makes, for each step, the `embed` that pairing sees: it looks at the images the step has already loaded, and
     loads others on demand.
     """
-    model, criterion = plan.model, plan.stage.criterion
+    model = plan.model
     official = plan.protocol.features == "official"
     counting = source is not None and source.streamed
 

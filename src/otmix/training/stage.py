@@ -7,9 +7,11 @@ pixels) brings its own `step`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from otmix.confusion import ConfusionCounter
@@ -17,6 +19,7 @@ from otmix.losses import Criterion, DeferredReweighting, Reduction
 from otmix.mixer import BatchMixer
 from otmix.models import Classifier
 from otmix.pairing import PairingContext
+from otmix.randomness import derive_seed
 from otmix.training.schedules import Schedule
 from otmix.types import Batch, Embed, Mixed, Output
 
@@ -89,12 +92,12 @@ class Stage:
     """A list of these is a training run.
 
     Args:
-        start: "fresh" weights, or those the "previous" stage (or a checkpoint) ended with.
-        reset: prefixes of modules whose parameters are initialised anew at the start.
+        background_batch: images per step, over all processes (eq. 2).
+        foreground_probability: class probabilities `[K]` of the foreground stream (eq. 3); None without one.
+        reset: prefixes of modules whose parameters are initialised anew at the start. Everything else begins where the
+            stage before ended.
         trains: prefixes of parameters that are trained; the rest are frozen.
         batchnorm: "train", or "eval" to keep running statistics as they are.
-        background: draws the items of an epoch (eq. 2), `foreground` those of a step (eq. 3); None without a second
-            stream.
     """
 
     name: str
@@ -107,21 +110,33 @@ class Stage:
     mixer: BatchMixer | None = None
     reweighting: DeferredReweighting | None = None
     reduction: Reduction = "mean"
-    start: Literal["fresh", "previous"] = "fresh"
     reset: tuple[str, ...] = ()
     trains: tuple[str, ...] = ("",)
     batchnorm: Literal["train", "eval"] = "train"
     step: Step = mix_and_classify
 
-    def prepare(self, model: nn.Module) -> None:
-        """Freeze what is not trained, and set the modes of the modules for a training step."""
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """At the start of the stage: reset what is to be reset, freeze what is not trained, set the modes."""
+        for name, module in model.named_modules():
+            if name.startswith(self.reset) and hasattr(module, "reset_parameters"):
+                _reset(module, derive_seed(seed, name))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.trains))
         self.set_modes(model)
 
     def set_modes(self, model: nn.Module) -> None:
+        """The mode of each module during a training step."""
         model.train()
         if self.batchnorm == "eval":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+
+
+def _reset(module: nn.Module, seed: int) -> None:
+    """Initialise a module anew from `seed`: on the CPU, where torch's initialisers draw the same numbers everywhere."""
+    fresh: Any = deepcopy(module).cpu()
+    with torch.random.fork_rng(devices=[]):  # they draw from the global generator, which is put back
+        torch.default_generator.manual_seed(seed)
+        fresh.reset_parameters()
+    module.load_state_dict(fresh.state_dict())
