@@ -84,19 +84,19 @@ def test_the_cost_gets_the_present_confusion() -> None:
 
 @pytest.mark.parametrize("select", ["sample", "softmax"])
 def test_selection_follows_its_law(select: str) -> None:
-    """2000 draws of one row against its probabilities; the softmax of a plan is nearly uniform (Table 4)."""
+    """800 draws of one row against its probabilities; the softmax of a plan is nearly uniform (Table 4)."""
     fore, back = items(0), items(1, 1, 1)
     features = {id(fore): torch.tensor([[1.0, 0.0]]), id(back): torch.tensor([[1.0, 0.2], [1.0, 0.1], [1.0, 0.0]])}
     pairing = TransportPairing(lambda f: CombinedCost(f, omega=1.0), epsilon=0.05, select=select)  # type: ignore[arg-type]
     counts = torch.zeros(3)
     plan = None
-    for step in range(2000):
+    for step in range(800):
         pairs = pairing(fore, back, looker(features), context(step=step))
         counts[pairs.background] += 1
         plan = pairs.plan
     assert plan is not None
     row = plan.coupling[0] if select == "sample" else plan.coupling[0].softmax(0)
-    assert (counts / 2000 - row / row.sum()).abs().max() < 0.04
+    assert (counts / 800 - row / row.sum()).abs().max() < 0.06
 
 
 def test_autocast_does_not_reach_the_cost() -> None:

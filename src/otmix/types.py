@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from otmix.errors import UserError
+
 ShotGroup = Literal["many", "medium", "few"]
 SHOT_GROUPS: tuple[ShotGroup, ...] = ("many", "medium", "few")
 
@@ -19,30 +21,36 @@ SHOT_GROUPS: tuple[ShotGroup, ...] = ("many", "medium", "few")
 class ClassCounts:
     """How many training images each class has: int64 `[K]`, in label order, not necessarily sorted.
 
-    Raises ValueError when there is no class, or a class has no image.
+    Raises UserError when there is no class, or a class has no image.
     """
 
     counts: Tensor
 
     def __post_init__(self) -> None:
-        counts = torch.as_tensor(self.counts, dtype=torch.int64, device="cpu")
+        counts = torch.as_tensor(self.counts)
+        if counts.is_floating_point():
+            raise UserError("class counts must be whole numbers of images; convert them to integers")
+        counts = counts.to("cpu", torch.int64, copy=True)
         if counts.ndim != 1 or counts.numel() == 0:
-            raise ValueError(f"class counts must be a vector [K] with K >= 1, not of shape {tuple(counts.shape)}")
+            raise UserError(f"class counts must be a vector [K] with K >= 1, not of shape {tuple(counts.shape)}")
         if bool((counts < 1).any()):
             empty = torch.nonzero(counts < 1).flatten().tolist()
-            raise ValueError(f"classes {empty} have no training image; remove them or give each at least one image")
+            raise UserError(f"classes {empty} have no training image; remove them or give each at least one image")
         object.__setattr__(self, "counts", counts)
 
     @classmethod
     def from_labels(cls, labels: Tensor, num_classes: int | None = None) -> ClassCounts:
         """Count labels `[N]`. With `num_classes`, labels outside 0 … K−1 are an error."""
-        labels = torch.as_tensor(labels).to("cpu", torch.int64).flatten()
+        labels = torch.as_tensor(labels)
         if labels.numel() == 0:
-            raise ValueError("there are no labels to count")
+            raise UserError("there are no labels to count")
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise UserError(f"labels must be a vector [N] of class numbers, not {labels.dtype} {tuple(labels.shape)}")
+        labels = labels.to("cpu", torch.int64)
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (num_classes is not None and high >= num_classes):
             allowed = f"0 … {num_classes - 1}" if num_classes is not None else "0 or more"
-            raise ValueError(f"label {low if low < 0 else high} is out of range; labels must be {allowed}")
+            raise UserError(f"label {low if low < 0 else high} is out of range; labels must be {allowed}")
         return cls(torch.bincount(labels, minlength=num_classes or 0))
 
     @property
@@ -61,7 +69,7 @@ class ClassCounts:
     @property
     def imbalance(self) -> float:
         """n_max / n_min."""
-        return float(self.counts.max() / self.counts.min())
+        return int(self.counts.max()) / int(self.counts.min())
 
     def shot_groups(self, many: int = 100, few: int = 20) -> dict[ShotGroup, Tensor | None]:
         """Classes by training size: more than `many`, fewer than `few`, the rest medium. A group without classes is
@@ -70,6 +78,10 @@ class ClassCounts:
         The CIFAR convention (Gao et al. 2023, section 5.1 and its code). The official ImageNet-LT and iNaturalist
         scripts count 20 as few: `few=21`.
         """
+        if few > many + 1:
+            raise UserError(
+                f"a class of {many + 1} images would be both many- and few-shot with many={many}, few={few}"
+            )
         masks = {
             "many": self.counts > many,
             "medium": (self.counts <= many) & (self.counts >= few),
