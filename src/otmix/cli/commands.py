@@ -1,0 +1,222 @@
+"""The commands that train and use models.
+
+Each is a typed function that returns the exit code; what is heavy is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json as json_module
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal, TextIO
+
+from otmix.cli.arguments import GROUPS, Only
+from otmix.config import RunConfig
+from otmix.errors import UserError
+from otmix.extensions import import_files
+from otmix.protocols import Overrides
+
+Accelerator = Literal["auto", "cpu", "cuda", "mps"]
+COMPARED = Only(tuple(name for names in GROUPS.values() for name in names if name not in ("method", "out", "resume")))
+
+
+def train(config: RunConfig, *, imports: list[Path]) -> int:
+    """Train one model, evaluate it, and keep everything about it in a run directory.
+
+    Ctrl-C saves and says how to go on; `otmix train --resume --out RUN` goes on with any run.
+
+    Args:
+        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+
+    Examples:
+        otmix train                                             OTmix on the digits, in about a minute
+        otmix train --data folder --root photos --out runs/a    your own images, a folder for each class
+        otmix train --data cifar10 --method ce-drw+otmix --precision bf16-mixed
+        otmix train --resume --out runs/a                       go on
+    """
+    import_files(imports)
+    check_settings(config, [config.method])
+    from otmix.display import make_reporter
+    from otmix.training import Interrupted, run_dir_of
+    from otmix.training import train as train_run
+
+    try:
+        train_run(config, make_reporter())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        run_dir = stop.run_dir if isinstance(stop, Interrupted) else run_dir_of(config)
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise KeyboardInterrupt from None
+        again = ["otmix", "train", "--resume", "--out", str(run_dir)]
+        again += [word for file in imports for word in ("--import", str(file))]
+        saved = "the run is saved" if isinstance(stop, Interrupted) else "its last checkpoint is kept"
+        sys.stderr.write(f"\notmix: stopped, {saved}; this goes on with it:\n  {shlex.join(again)}\n")
+        return 130
+    return 0
+
+
+def compare(
+    methods: list[str],
+    /,
+    config: Annotated[RunConfig, COMPARED],
+    *,
+    seeds: int = 3,
+    jobs: int = 1,
+    runs: Path | None = None,
+    imports: list[Path],
+) -> int:
+    """Train several methods with several seeds, and compare them in a table and a page.
+
+    Runs that are finished already are reused, others are gone on with, so the same command can be stopped and
+    repeated. The seeds are --seed and those that follow it.
+
+    Args:
+        methods: names as in `otmix methods`.
+        seeds: runs of each method.
+        jobs: runs at once, each in a process of its own, on one device.
+        runs: folder that all runs are put into (default: $OTMIX_RUNS or ./runs).
+        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+
+    Examples:
+        otmix compare erm cmo otmix --seeds 3
+        otmix compare erm otmix --data folder --root photos --seeds 5 --jobs 2
+    """
+    import_files(imports)
+    check_settings(config, methods)
+    from otmix.display import make_reporter, print_table, stdout_console
+    from otmix.experiments import compare as compare_methods
+    from otmix.reports.page import write_comparison_page
+    from otmix.reports.tables import compare_table
+    from otmix.training import Interrupted
+
+    files = [str(file) for file in imports]
+    try:
+        found = compare_methods(
+            config, methods, seeds=seeds, jobs=jobs, runs=runs, reporter=make_reporter(brief=True), imports=files
+        )
+    except Interrupted as stop:
+        sys.stderr.write(f"\notmix: {stop}\n")
+        return 130
+    console = stdout_console()
+    if found.rows:
+        print_table(console, compare_table(found.rows))
+    for note in found.notes:
+        console.print(note, markup=False, highlight=False)
+    if found.rows:
+        page = write_comparison_page(found.path.with_suffix(".html"), found.rows, found.notes)
+        console.print(f"page    {page}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if found.failed else 0
+
+
+def evaluate(
+    run: Path,
+    /,
+    *,
+    split: Literal["test", "validation"] = "test",
+    json: bool = False,
+    accelerator: Accelerator = "auto",
+    root: str | None = None,
+    imports: list[Path],
+) -> int:
+    """Evaluate a finished run again on its own data.
+
+    Args:
+        run: the run's directory.
+        split: the images to look at.
+        json: everything that was measured, per class too, as JSON.
+        accelerator: where to compute.
+        root: where the data is now, if it has moved.
+        imports: Python file to load first, with the run's own loss.
+
+    Examples:
+        otmix evaluate runs/a
+        otmix evaluate runs/a --split validation --json
+    """
+    import_files(imports)
+    from otmix.display import print_table, stdout_console
+    from otmix.files import read_json
+    from otmix.inference import evaluate_run
+    from otmix.reports.tables import result_table
+
+    found = evaluate_run(run, split, accelerator, root)
+    if json:
+        sys.stdout.write(json_module.dumps(found, ensure_ascii=False) + "\n")
+    else:
+        result = read_json(run / "result.json")
+        print_table(stdout_console(), result_table({**result, "split": split, "evaluation": found}))
+    return 0
+
+
+def predict(
+    run: Path,
+    paths: list[Path],
+    /,
+    *,
+    format: Literal["csv", "jsonl"] = "csv",
+    top: int = 5,
+    out: Path | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    batch_size: int = 64,
+    accelerator: Accelerator = "auto",
+    imports: list[Path],
+) -> int:
+    """Classify images with a finished run.
+
+    Args:
+        run: the run's directory.
+        paths: images, or folders of images at any depth.
+        format: one line for each image, as csv or as jsonl.
+        top: how many of the most probable classes to list.
+        out: file to write (default: the terminal).
+        on_bad_image: stop at a broken image, or skip it and list it on stderr.
+        batch_size: images at a time.
+        accelerator: where to compute.
+        imports: Python file to load first, with the run's own loss.
+
+    Examples:
+        otmix predict runs/a photo.jpg
+        otmix predict runs/a photos/new --format jsonl --out predictions.jsonl
+    """
+    import_files(imports)
+    from otmix.files import write_atomic
+    from otmix.inference import predict_paths, write_csv, write_jsonl
+
+    predictions = predict_paths(
+        run, paths, top=top, on_bad_image=on_bad_image, batch_size=batch_size, device=accelerator
+    )
+
+    def write(stream: TextIO) -> None:
+        if format == "csv":
+            write_csv(predictions, stream, top)
+        else:
+            write_jsonl(predictions, stream)
+
+    def write_bytes(stream: BinaryIO) -> None:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        write(text)
+        text.detach()  # flushes, and leaves the file open for who opened it
+
+    if out is None:
+        write(sys.stdout)
+    else:
+        write_atomic(out, write_bytes)
+    return 0
+
+
+def check_settings(config: RunConfig, names: Sequence[str]) -> None:
+    """Raises UserError for an unknown method, a setting out of range, or one that changes none of the methods."""
+    from otmix.methods import parse_method
+
+    methods = [parse_method(name) for name in names]
+    read = {setting for method in methods for setting in method.setting_names}
+    changed = [f.name for f in fields(Overrides) if getattr(config.set, f.name) is not None]
+    for setting in changed:
+        if setting not in read:
+            titles = ", ".join(method.name for method in methods)
+            raise UserError(
+                f"--set.{setting} changes nothing for {titles}; `otmix methods {names[0]}` shows what can be set"
+            )
+    config.protocol_settings  # noqa: B018 (raises where a value is out of range)

@@ -1,0 +1,192 @@
+"""The commands that only show: `data` and `methods`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+from otmix.cli.arguments import GROUPS, Only
+from otmix.config import RunConfig
+from otmix.extensions import import_files
+from otmix.protocols import PROTOCOL_TITLES, PROTOCOLS, Protocol, ProtocolName
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from otmix.data import ImageDataset
+    from otmix.methods import Method
+
+DATA = Only((*GROUPS["data"], "seed"))
+_BAR = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_MOST_CLASSES = 200
+"""With more, the middle of the listing is left out."""
+
+
+def data(config: Annotated[RunConfig, DATA]) -> int:
+    """Show a dataset as training sees it: images per class, imbalance, groups, splits.
+
+    Examples:
+        otmix data --data folder --root photos
+        otmix data --data cifar100 --imbalance 50
+    """
+    from otmix.display import stdout_console
+    from otmix.training.setup import load_data
+
+    show_dataset(load_data(config), stdout_console())
+    return 0
+
+
+def show_dataset(dataset: ImageDataset, console: Console) -> None:
+    """Classes from the largest to the smallest, with bars of proportional length."""
+    import torch
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    counts, groups = dataset.counts, dataset.counts.shot_groups()
+    group_of = {int(k): name for name, members in groups.items() if members is not None for k in members}
+    splits = {name: source for name in ("train", "validation", "test") if (source := dataset.split(name)) is not None}
+    sizes = {
+        name: torch.bincount(source.labels, minlength=counts.num_classes).tolist() for name, source in splits.items()
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("class", overflow="fold")
+    for name in splits:
+        table.add_column(name, justify="right")
+    table.add_column("group")
+    table.add_column("training images", no_wrap=True)
+    order = torch.argsort(counts.counts, descending=True, stable=True).tolist()
+    largest = int(counts.counts.max())
+    for place, k in enumerate(order):
+        if len(order) > _MOST_CLASSES and _MOST_CLASSES // 2 <= place < len(order) - _MOST_CLASSES // 2:
+            if place == _MOST_CLASSES // 2:
+                table.add_row(f"… {len(order) - _MOST_CLASSES:,} more …")
+            continue
+        bar = Text(_bar(int(counts.counts[k]) / largest), style="blue")
+        table.add_row(Text(dataset.class_names[k]), *(f"{sizes[name][k]:,}" for name in splits), group_of[k], bar)
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    images = ", ".join(f"{len(source):,} {name}" for name, source in splits.items())
+    say(f"{dataset.name}: {counts.num_classes:,} classes; images: {images}")
+    smallest = int(counts.counts.min())
+    say(f"imbalance: {counts.imbalance:.4g} ({largest:,} in the largest class, {smallest:,} in the smallest)")
+    meanings = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
+    shots = (
+        f"{name} ({meanings[name]}) {'–' if members is None else len(members)}" for name, members in groups.items()
+    )
+    say(f"classes by training images: {', '.join(shots)}")
+    kind = "grey" if dataset.channels == 1 else "colour"
+    say(f"the model sees {kind} images of {dataset.image_size} x {dataset.image_size} pixels")
+    for note in dataset.notes:
+        say(note)
+
+
+def _bar(share: float) -> str:
+    """Linear, to an eighth of a character; what is not empty is never invisible."""
+    eighths = max(1, round(share * _BAR * 8))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def methods(name: str | None = None, /, *, protocol: ProtocolName | None = None, imports: list[Path]) -> int:
+    """List the methods, or explain one: every setting, its values, meaning and source.
+
+    Args:
+        name: a method, e.g. cmo or ce-drw+otmix.
+        protocol: show the values of this protocol only.
+        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+
+    Examples:
+        otmix methods
+        otmix methods drw+otmix
+        otmix methods otmix --protocol official
+    """
+    import_files(imports)
+    from otmix.display import stdout_console
+    from otmix.methods import parse_method
+
+    console = stdout_console()
+    if name is None:
+        list_methods(console)
+    else:
+        explain_method(parse_method(name), console, [protocol] if protocol else list(get_args(ProtocolName)))
+    return 0
+
+
+def list_methods(console: Console) -> None:
+    """The parts that names are made of, and the names that have short forms."""
+    from rich import box
+    from rich.table import Table
+
+    from otmix.methods import ALIASES, DRW, MIXER_PARTS, Method, known_losses, parse_method
+
+    console.print("A method's name is \\[loss]\\[-drw]\\[+mixer], e.g. ce-drw+otmix.", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("part", "title", "paper", "what it changes", "combines with"):
+        table.add_column(column, overflow="fold")
+    mixers = ", ".join(f"+{mixer}" for mixer in MIXER_PARTS)
+    for loss in known_losses():
+        part = Method(loss).parts[0]
+        table.add_row(loss, part.title, part.paper, part.changes, f"-drw, {mixers}")
+    table.add_row("-drw", DRW.title, DRW.paper, DRW.changes, f"every loss, {mixers}")
+    for mixer, part in MIXER_PARTS.items():
+        table.add_row(f"+{mixer}", part.title, part.paper, part.changes, "every loss, -drw")
+    console.print(table)
+    short = ", ".join(f"{alias} = {canonical}" for alias, canonical in ALIASES.items())
+    console.print(f"short names: {short}", markup=False, highlight=False)
+    example = parse_method("drw+otmix")
+    console.print(f"`otmix methods {example.name}` explains {example.title}.", markup=False, highlight=False)
+
+
+def explain_method(method: Method, console: Console, protocols: list[ProtocolName]) -> None:
+    """One block for each setting: values side by side, then what it means and where it comes from."""
+    from rich.text import Text
+
+    def say(text: str, style: str = "", indent: int = 0) -> None:
+        margin = " " * indent
+        lines = textwrap.wrap(text, min(console.width, 120), initial_indent=margin, subsequent_indent=margin)
+        console.print(Text("\n".join(lines), style=style))
+
+    say(f"{method.name}: {method.title}", "bold")
+    for part in method.parts:
+        say(f"{part.title} ({part.paper}): {part.changes}", indent=2)
+    say("")
+    for name in protocols:
+        say(PROTOCOL_TITLES[name], indent=2)
+    say("")
+    rows = [*_setting_rows(method, protocols)]
+    header = ["setting", *protocols]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *(values for values, _, _ in rows))]
+    console.print(Text(_columns(header, widths), style="bold underline"))
+    for values, meaning, source in rows:
+        differs = len(set(values[1:])) > 1
+        console.print(Text(_columns(values, widths), style="bold yellow" if differs else "bold"))
+        say(meaning, indent=4)
+        say(source, "dim", indent=4)
+
+
+def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
+
+
+def _setting_rows(method: Method, protocols: list[ProtocolName]) -> Iterator[tuple[list[str], str, str]]:
+    by_protocol = [
+        {name: value for name, value, _, _ in method.settings(PROTOCOLS[protocol])} for protocol in protocols
+    ]
+    for name, _, meaning, source in method.settings(Protocol()):
+        yield [name, *(_plain(values[name]) for values in by_protocol)], meaning, source
+
+
+def _plain(value: object) -> str:
+    return (
+        {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,220 @@
+"""From an argument list to a call of a command. What does not fit is a UserError of one sentence.
+
+First the words are sorted out: which flag has which value, in its one spelling (`--batch_size` is `--batch-size`). Then
+configuration files fill in what was not typed. jsonargparse turns texts into the types of the function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
+from otmix.config import RunConfig
+from otmix.errors import UserError
+from otmix.protocols import Overrides
+
+CONFIG, PRINT_CONFIG = "--config", "--print_config"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an argument list asks for: the arguments of a command; or its configuration, to be printed instead."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    print_config: RunConfig | None = None
+
+
+@dataclass
+class _Typed:
+    """What was typed: texts by the key of their argument, True or False for switches, lists for repeatable flags."""
+
+    flags: dict[str, str | bool] = field(default_factory=dict)
+    repeated: dict[str, list[str]] = field(default_factory=dict)
+    positional: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    print_config: bool = False
+
+
+def parse(command: str, function: Callable[..., object], argv: Sequence[str]) -> Call:
+    """Read the arguments of `otmix <command>`. Raises UserError."""
+    arguments, config_name = arguments_of(function), config_parameter(function)
+    typed = _sort_out(command, arguments, argv, takes_config=config_name is not None)
+    flags: dict[str, str | bool] = {}
+    for file in typed.files or _implied_files(command, typed.flags):
+        flags |= _read_config(file, arguments)
+    found = _converted(command, arguments, flags | typed.flags, typed.positional)
+    own = [argument for argument in arguments if argument.group == OWN]
+    positional = tuple(found[argument.key] for argument in own if argument.positional)
+    named = {argument.key: found[argument.key] for argument in own if not (argument.positional or argument.repeated)}
+    named |= {a.key: [a.bare(text) for text in typed.repeated.get(a.key, [])] for a in own if a.repeated}
+    if config_name is None:
+        return Call(positional, named)
+    chosen = {a.key: found[a.key] for a in arguments if a.group != OWN and "." not in a.key}
+    config = RunConfig(**chosen, set=Overrides(**found.get("set", {})))
+    return Call(positional, {**named, config_name: config}, config if typed.print_config else None)
+
+
+def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], takes_config: bool) -> _Typed:
+    known = {_spelling(a.option): a for a in arguments if not a.positional}
+    off = {f"--no-{a.option[2:]}": a for a in arguments if a.switch}
+    special = (CONFIG, PRINT_CONFIG) if takes_config else ()
+    typed, rest = _Typed(), iter(argv)
+    for word in rest:
+        if word == "--":
+            typed.positional += rest
+            break
+        if not word.startswith("--"):
+            typed.positional.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        spelling = _spelling(option)
+        argument = known.get(spelling) or off.get(spelling)
+        if argument is None and spelling not in map(_spelling, special):
+            raise _unknown_flag(command, option, [*(a.option for a in known.values()), *off, *special])
+        if spelling == _spelling(PRINT_CONFIG):
+            typed.print_config = True
+        elif argument is not None and argument.switch:
+            if equals:
+                raise UserError(f"{option} takes no value; write {argument.option} or --no-{argument.option[2:]}")
+            typed.flags[argument.key] = spelling in known
+        else:
+            value = value if equals else next(rest, "")
+            if not value or (value.startswith("--") and not equals):
+                raise UserError(f"{option} needs a value")
+            if argument is None:
+                typed.files.append(Path(value))
+            elif argument.repeated:
+                typed.repeated.setdefault(argument.key, []).append(value)
+            else:
+                typed.flags[argument.key] = value
+    return typed
+
+
+def _spelling(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _unknown_flag(command: str, option: str, known: Iterable[str]) -> UserError:
+    if option.lstrip("-").replace("-", "_") in {f.name for f in fields(RunConfig)}:
+        return UserError(f"`otmix {command}` has no use for {option}; leave it out")
+    close = difflib.get_close_matches(_spelling(option), [*known], n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"`otmix {command} --help` lists them"
+    return UserError(f"`otmix {command}` has no flag {option}; {hint}")
+
+
+def _implied_files(command: str, flags: dict[str, str | bool]) -> list[Path]:
+    """The configuration that is meant without being named: of the run that is resumed, or whose mixes are previewed."""
+    folder = flags.get({"train": "out", "preview": "run"}.get(command, ""))
+    if folder is None or (command == "train" and not flags.get("resume")):
+        return []
+    file = Path(str(folder)) / "config.yaml"
+    return [file] if file.is_file() else []
+
+
+def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | bool]:
+    """What a YAML file says of the flags of this command. Raises UserError for settings that no command has."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold settings as `name: value`, one a line")
+    settings = {f.name for f in fields(RunConfig)}
+    own = {a.key for a in arguments if a.group == OWN and not (a.positional or a.repeated)}
+    _check_keys(file, values, settings | own, "")
+    changed = values.get("set") or {}
+    if not isinstance(changed, dict):
+        raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
+    _check_keys(file, changed, {f.name for f in fields(Overrides)}, "set.")
+    # a flag of its own that is called like a field of RunConfig is not meant by a run's record
+    taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
+    flat = values | {f"set.{key}": value for key, value in changed.items()}
+    return {
+        key: _as_typed(file, taken[key], value) for key, value in flat.items() if key in taken and value is not None
+    }
+
+
+def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:
+    """A value of a file as it would be on the command line."""
+    if argument.switch and not isinstance(value, bool):
+        raise UserError(f"`{argument.key}` in {file} must be true or false, it is {value!r}")
+    if argument.bare is str and not isinstance(value, str):
+        raise UserError(f"`{argument.key}` in {file} must be a text, it is {value}; put it in quotes")
+    return value if argument.switch else str(value)
+
+
+def _check_keys(file: Path, values: Iterable[Any], known: set[str], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else "`otmix train --print_config` shows all there are"
+            raise UserError(f"{file} sets {prefix}{key}, which does not exist; {hint}")
+
+
+def _converted(
+    command: str, arguments: Sequence[Argument], flags: dict[str, str | bool], positional: list[str]
+) -> dict[str, Any]:
+    """The values of all arguments but the repeatable ones, in the types of the function."""
+    from jsonargparse import ActionYesNo, ArgumentParser
+
+    parser = ArgumentParser(prog=f"otmix {command}", exit_on_error=False, allow_abbrev=False, add_help=False)
+    words = []
+    for argument in arguments:
+        if argument.positional:
+            nargs: dict[str, Any] = {"nargs": "+"} if argument.several else {}
+            if not nargs and argument.default is not REQUIRED:
+                nargs = {"nargs": "?"}
+            parser.add_argument(argument.key, type=argument.bare, **nargs)
+        elif argument.switch:
+            parser.add_argument(argument.option, action=ActionYesNo(no_prefix="no-"), default=argument.default)
+        elif not argument.repeated:
+            parser.add_argument(argument.option, dest=argument.key, type=argument.hint, default=argument.default)
+        if argument.key in flags:
+            value = flags[argument.key]
+            no = f"--no-{argument.option[2:]}"
+            words.append(f"{argument.option}={value}" if isinstance(value, str) else argument.option if value else no)
+    try:
+        found: dict[str, Any] = parser.parse_args([*words, "--", *positional] if positional else words).as_dict()
+    except argparse.ArgumentError as error:
+        raise UserError(_sentence(command, str(error), arguments)) from None
+    return found
+
+
+def _sentence(command: str, message: str, arguments: Iterable[Argument]) -> str:
+    """jsonargparse's report of several lines as one sentence in the user's words."""
+    by_key = {argument.key: argument for argument in arguments}
+    key = re.search(r'[Pp]arser key "([^"]+)"', message)
+    value = re.findall(r"(?:Given value|Got value): (.*)", message)
+    if key and value and key[1] in by_key:
+        return _wrong_value(by_key[key[1]], value[-1])
+    missing = re.search(r"arguments are required: (.+)", message)
+    if missing:
+        names = ", ".join(by_key[name].metavar if name in by_key else name for name in missing[1].split(", "))
+        return f"`otmix {command}` needs {names}; `otmix {command} --help` has examples"
+    extra = re.search(r"[Uu]nrecognized arguments: (?:-- )?(.+)", message)
+    if extra:
+        return (
+            f"`otmix {command}` does not know what to do with {extra[1]}; `otmix {command} --help` lists what it takes"
+        )
+    return " ".join(message.split())
+
+
+def _wrong_value(argument: Argument, value: str) -> str:
+    if argument.choices:
+        close = difflib.get_close_matches(value, argument.choices, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{argument.name} must be one of {', '.join(argument.choices)}, it is {value}{hint}"
+    kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(argument.bare, str(argument.bare))
+    return f"{argument.name} must be {kind}, it is {value}"

@@ -1,0 +1,295 @@
+"""What a run looks like in a terminal: a live display, or plain lines where nobody watches a cursor."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from otmix.reports.tables import Table
+    from otmix.training.reporter import Progress, Reporter, RunInfo
+
+REFRESH_SECONDS = 0.25
+LINE_SECONDS = 5.0
+"""Plain lines come at most this often: quick epochs do not fill a log."""
+_PLAIN_WIDTH = 160
+
+
+def stdout_console() -> Console:
+    """A console for stdout; where that is a file or a pipe it is wide, so that tables and paths are not broken."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A table with its title and notes on lines of their own: inside, they would be broken at its width."""
+    if table.title:
+        console.print(table.title, style="bold", markup=False, highlight=False)
+    console.print(replace(table, title="", notes=()).rich())
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def make_reporter(console: Console | None = None, *, brief: bool = False) -> Reporter:
+    """A live display on a terminal, otherwise plain lines. `brief` leaves out what a run is worth, for one of many."""
+    terminal = sys.stdout.isatty() if console is None else console.is_terminal
+    kind = LiveReporter if terminal and os.environ.get("TERM") != "dumb" else LineReporter
+    return kind(console, brief=brief)
+
+
+class Clock:
+    """How long the rest of a run takes, judged by its last ten epochs: OTmix's grow longer with time."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.epochs: deque[float] = deque(maxlen=10)
+        self.began = now()
+
+    def epoch_ended(self) -> None:
+        ended = self.now()
+        self.epochs.append(ended - self.began)
+        self.began = ended
+
+    def left(self, epoch: int, epochs: int, share: float = 0.0) -> float | None:
+        """Seconds from `share` of `epoch` (from 0) to the end; None while nothing can be said."""
+        if self.epochs:
+            each = sum(self.epochs) / len(self.epochs)
+        elif share > 0:
+            each = (self.now() - self.began) / share
+        else:
+            return None
+        return max(0.0, (epochs - epoch - share) * each)
+
+
+class _Reporter:
+    """What both displays share. It can be sent to the process that trains."""
+
+    def __init__(
+        self, console: Console | None = None, now: Callable[[], float] = time.monotonic, *, brief: bool = False
+    ) -> None:
+        self._console = console
+        self.brief = brief
+        self.now = now
+        self.clock = Clock(now)
+        self.epochs = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the process that trains: a console and its bars belong to the process that opened them."""
+        return self.__dict__ | {"_console": None, "bars": None, "tasks": {}}
+
+    @property
+    def console(self) -> Console:
+        if self._console is None:
+            self._console = stdout_console()
+        return self._console
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, info: RunInfo) -> None:
+        self.epochs = info.epochs
+        self.clock = Clock(self.now)
+        if self.brief:
+            self.say(f"{info.title} on {info.data} (protocol {info.protocol}), {info.epochs} epochs · {info.run_dir}")
+            return
+        self.say(f"{info.title} on {info.data} (protocol {info.protocol})", style="bold")
+        millions = info.parameters / 1e6
+        self.say(
+            f"  {info.images:,} images in {info.classes} classes, imbalance {info.imbalance:.4g} · "
+            f"{info.backbone}, {millions:.2f} M parameters · {info.device}, {info.precision}"
+        )
+        resumed = "" if info.resumed_at_epoch is None else f", resumed in epoch {info.resumed_at_epoch + 1}"
+        self.say(f"  {info.epochs} epochs of {info.steps_per_epoch} steps{resumed} · {info.run_dir}")
+        for note in info.notes:
+            self.say(f"  {note}", style="dim")
+
+    def message(self, text: str) -> None:
+        self.say(text)
+
+    def finish(self, result: dict[str, Any], run_dir: Path) -> None:
+        from otmix.reports.tables import result_table
+
+        self.close()
+        if self.brief:
+            return
+        print_table(self.console, result_table(result))
+        self.say(f"run     {run_dir}")
+        if (run_dir / "report.html").is_file():
+            self.say(f"report  {run_dir / 'report.html'}")
+
+    def close(self) -> None:
+        pass
+
+
+class LineReporter(_Reporter):
+    """One line for an epoch, and not more than one in five seconds."""
+
+    def __init__(
+        self, console: Console | None = None, now: Callable[[], float] = time.monotonic, *, brief: bool = False
+    ) -> None:
+        super().__init__(console, now, brief=brief)
+        self.shown = now()
+
+    def start(self, info: RunInfo) -> None:
+        super().start(info)
+        self.shown = self.now()
+
+    def loading(self, done: int, total: int) -> None:
+        if self.now() - self.shown >= LINE_SECONDS:
+            self.shown = self.now()
+            self.say(f"reading images: {done:,} of {total:,}")
+
+    def step(self, progress: Progress) -> None:
+        # an epoch of hours still shows that it is alive
+        if self.now() - self.shown >= 12 * LINE_SECONDS:
+            self.shown = self.now()
+            left = self.clock.left(progress.epoch, progress.epochs, progress.step / progress.steps)
+            self.say(
+                f"epoch {progress.epoch + 1}/{progress.epochs}  step {progress.step}/{progress.steps}"
+                f"  loss {progress.loss:.3f}  error {percent(progress.error)}"
+                f"  {progress.images_per_second:,.0f} images/s  left {duration(left)}"
+            )
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.clock.epoch_ended()
+        done = row["epoch"] + 1
+        if row["epoch"] > 0 and done < self.epochs and self.now() - self.shown < LINE_SECONDS:
+            return
+        self.shown = self.now()
+        left = self.clock.left(done, self.epochs)
+        parts = [
+            f"epoch {done}/{self.epochs}",
+            f"loss {row['loss']:.3f}",
+            f"error {percent(row['train_error'])}",
+            *watched(row),
+        ]
+        if row["mixed_share"]:
+            parts.append(f"mixed {percent(row['mixed_share'], 0)} (by transport {percent(row['transport_share'], 0)})")
+        parts += [f"{row['images_per_second']:,.0f} images/s", f"left {duration(left)}"]
+        self.say("  ".join(parts))
+
+
+class LiveReporter(_Reporter):
+    """Bars for the run and for the epoch, refreshed at most four times a second, by no thread of its own."""
+
+    def __init__(
+        self, console: Console | None = None, now: Callable[[], float] = time.monotonic, *, brief: bool = False
+    ) -> None:
+        super().__init__(console, now, brief=brief)
+        self.bars: RichProgress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.steps = 0
+        self.drawn = now() - REFRESH_SECONDS
+
+    def start(self, info: RunInfo) -> None:
+        self.close()
+        super().start(info)
+        at, self.steps = info.resumed_at_epoch or 0, info.steps_per_epoch
+        self._open({"run": (at, info.epochs, "epochs"), "epoch": (0, info.steps_per_epoch, "steps")})
+
+    def loading(self, done: int, total: int) -> None:
+        if self.bars is None:
+            self._open({"reading": (done, total, "images")})
+        if "reading" in self.tasks:
+            self._update("reading", completed=done, total=total, shown=f"{done:,}/{total:,} images")
+            self._draw(always=done >= total)
+        if done >= total and "reading" in self.tasks:
+            self.close()
+
+    def step(self, progress: Progress) -> None:
+        if self.bars is None:
+            return
+        share = progress.step / progress.steps
+        left = self.clock.left(progress.epoch, progress.epochs, share)
+        state = _state(progress.loss, progress.error, progress.images_per_second, progress.transport_share)
+        epochs, steps = f"{progress.epoch}/{progress.epochs} epochs", f"{progress.step}/{progress.steps} steps"
+        self._update("run", completed=progress.epoch + share, shown=epochs, left=f"{duration(left)} left")
+        self._update("epoch", completed=progress.step, shown=steps, state=state)
+        self._draw()
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.clock.epoch_ended()
+        if self.bars is None:
+            return
+        done = row["epoch"] + 1
+        state = _state(row["loss"], row["train_error"], row["images_per_second"], row["transport_share"])
+        left = f"{duration(self.clock.left(done, self.epochs))} left"
+        self._update("run", completed=done, shown=f"{done}/{self.epochs} epochs", left=left)
+        if seen := watched(row):
+            self._update("run", state="  ".join(seen))
+        self._update("epoch", completed=self.steps, shown=f"{self.steps}/{self.steps} steps", state=state)
+        self._draw(always=done == self.epochs)
+
+    def close(self) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+        elif self._console is None and sys.stdout.isatty():
+            # another process may have drawn here and been stopped before it could tidy up
+            self.console.show_cursor(True)
+        self.bars, self.tasks = None, {}
+
+    def _open(self, tasks: dict[str, tuple[int, int, str]]) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.bars = Progress(
+            TextColumn("{task.description:<7}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[shown]:>16}"),
+            TextColumn("{task.fields[left]:>13}"),
+            TextColumn("{task.fields[state]}"),
+            console=self.console,
+            auto_refresh=False,
+        )
+        for name, (done, total, unit) in tasks.items():
+            self.tasks[name] = self.bars.add_task(
+                name, total=total, completed=done, shown=f"{done}/{total} {unit}", left="", state=""
+            )
+        self.bars.start()
+
+    def _update(self, name: str, **values: Any) -> None:
+        assert self.bars is not None
+        self.bars.update(self.tasks[name], **values)
+
+    def _draw(self, always: bool = False) -> None:
+        now = self.now()
+        if self.bars is not None and (always or now - self.drawn >= REFRESH_SECONDS):
+            self.drawn = now
+            self.bars.refresh()
+
+
+def _state(loss: float, error: float, images_per_second: float, transport: float) -> str:
+    by_transport = f"  transport {percent(transport, 0)}" if transport else ""
+    return f"loss {loss:.3f}  error {percent(error)}  {images_per_second:,.0f} images/s{by_transport}"
+
+
+def watched(row: dict[str, Any]) -> list[str]:
+    """The errors on the images that progress is watched on, where this epoch has them."""
+    return [
+        f"{split} error {percent(row[key])}"
+        for split in ("validation", "probe", "test")
+        if row.get(key := f"{split}_error") is not None
+    ]
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    return f"{100 * share:.{decimals}f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """1:02:03, or 2:03 below an hour; ? where nothing is known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
