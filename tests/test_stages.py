@@ -1,4 +1,4 @@
-"""A run of two stages: what the second resets, freezes and keeps, and that the checkpoint knows which stage it is in."""
+"""A run of two stages: what the second resets, freezes and keeps; the checkpoint knows which stage it is in."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_resumes_in_either_stage(tmp_path: Path, stop_after: int, monkeypatch: p
     train(replace(CONFIG, out=str(tmp_path / "whole")))
     asked = 0
 
-    def agreed(self: StopRequest, fabric: object, step: int) -> bool:
+    def agreed(self: StopRequest, fabric: object) -> bool:
         nonlocal asked
         asked += 1
         return asked == stop_after

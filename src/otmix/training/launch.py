@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from otmix.config import RunConfig
 from otmix.errors import UserError
+from otmix.extensions import IMPORTED, import_files
 from otmix.training.loop import Interrupted
 from otmix.training.reporter import Reporter
 from otmix.training.runs import run_dir_of
@@ -60,7 +66,9 @@ def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Pat
         message = Path(folder) / "message"
         fabric = make_fabric(config)
         try:
-            return Path(fabric.launch(partial(_in_one_process, work=work, message=message), config, reporter))
+            with forwarding_signals():
+                # inside a partial: Fabric would copy plain arguments field by field, which a frozen value forbids
+                return Path(fabric.launch(partial(_in_one_process, work, config, reporter, message, tuple(IMPORTED))))
         except (ProcessExitedException, ProcessRaisedException) as error:
             code = getattr(error, "exit_code", None)
             if code == 130:
@@ -70,14 +78,38 @@ def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Pat
             raise
 
 
-def _in_one_process(fabric: Fabric, config: RunConfig, reporter: Reporter, work: Work, message: Path) -> str:
+def _in_one_process(
+    work: Work, config: RunConfig, reporter: Reporter, message: Path, imports: tuple[Path, ...], fabric: Fabric
+) -> str:
     try:
+        import_files(imports)
         return str(work(fabric, config, reporter))
     except UserError as error:
         message.write_text(str(error))
         raise SystemExit(2) from None
     except Interrupted:
         raise SystemExit(130) from None
+
+
+@contextmanager
+def forwarding_signals() -> Iterator[None]:
+    """While processes work for this one, Ctrl-C and SIGTERM are theirs: they save, stop, and end this one's waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can only be caught in the main thread
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -129,10 +129,11 @@ def train_epoch(run: RunState) -> None:
             shown = now
             _show(run, len(batches), already)
         if run.step < len(batches):  # at the end of an epoch a checkpoint follows anyway
-            if run.stop.agreed(run.fabric, step):
+            several = run.fabric.world_size > 1
+            if (not several or step % 10 == 9) and run.stop.agreed(run.fabric):  # asking the others takes time
                 save(run)
                 raise Interrupted(run.run_dir)
-            if run.fabric.world_size == 1 and now - saved > 60 * run.checkpoint_minutes:
+            if not several and now - saved > 60 * run.checkpoint_minutes:
                 saved = now
                 save(run)
 
@@ -156,7 +157,7 @@ def finish_epoch(run: RunState) -> None:
     run.tally.start_epoch()
     save(run)
     run.reporter.epoch(row)
-    if run.stop.requested and run.fabric.world_size == 1 and not last:
+    if not last and run.stop.agreed(run.fabric):
         raise Interrupted(run.run_dir)
 
 
@@ -187,8 +188,13 @@ def save(run: RunState) -> None:
     tally = run.tally.state_dict(add_up)
     if run.fabric.global_rank == 0:
         save_checkpoint(checkpoint_path(run.run_dir), _payload(run, counter, tally))
-        write_text(run.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+        write_log(run)
     run.fabric.barrier()
+
+
+def write_log(run: RunState) -> None:
+    """metrics.jsonl: one line for each finished epoch."""
+    write_text(run.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
 
 
 def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +232,7 @@ def restore(run: RunState, payload: dict[str, Any]) -> None:
     run.history, run.best = payload["history"], payload["best"]
     if run.fabric.global_rank == 0:
         run.tally.load_state_dict(payload["tally"])
+        write_log(run)  # a process killed between the two files left this one a line short
     saved = payload["confusion"]
     run.confusion = (
         None if saved is None else Confusion(saved["matrix"].to(run.fabric.device), ConfusionOrigin(**saved["origin"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -48,15 +49,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
 
-    def agreed(self, fabric: Fabric, step: int) -> bool:
-        """Whether all processes stop after this step. With several, they ask each other every ten steps, so that all
-        stop at the same one.
-        """
+    def agreed(self, fabric: Fabric) -> bool:
+        """Whether any process was asked to stop: then all do, here. All must call this at the same place."""
         if fabric.world_size == 1:
             return self.requested
-        if step % 10 != 9:
-            return False
         flag = fabric.all_reduce(torch.tensor(float(self.requested), device=fabric.device), reduce_op="max")
         assert isinstance(flag, Tensor)
         return bool(flag > 0)
@@ -68,9 +66,11 @@ class StopRequest:
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.requested and number == signal.SIGINT:
+            # a terminal may deliver the same Ctrl-C twice, to us and through the process that started us
+            if self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1.0:
                 raise KeyboardInterrupt
-            self.requested = True
+            if not self.requested:
+                self.requested, self._since = True, time.monotonic()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
