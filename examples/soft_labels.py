@@ -1,4 +1,6 @@
-"""OTmix as a batch transform in torchvision's manner: (images, labels) -> (images, soft labels), for losses that take them."""
+"""OTmix as a batch transform in torchvision's manner: (images, labels) -> (images, soft labels), for losses that take
+them.
+"""
 
 import argparse
 
@@ -21,7 +23,9 @@ images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16,
 chosen, _ = choose_subset(labels[:1200], num_classes=10, imbalance=20)
 train, test = Subset(TensorDataset(images, labels), chosen.tolist()), (images[1200:], labels[1200:])
 
-model = build_model("resnet8", 10, channels=1, image_size=8, mean=[0.31], std=[0.38])  # gives features and logits by itself
+model = build_model(
+    "resnet8", 10, channels=1, image_size=8, mean=[0.31], std=[0.38]
+)  # gives features and logits by itself
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 mixer = OTMixer(model, labels[chosen], epochs)
 mix = mixer.as_transform(mixer.foreground_loader(train, batch_size=64))

@@ -146,7 +146,12 @@ def test_certainty_gone_wrong_stays_finite() -> None:
         (torch.rand(2, 2), torch.tensor([0, -1]), None, "label -1"),
         (torch.tensor([[float("nan"), 1.0]]), torch.tensor([0]), None, "NaN"),
         (torch.tensor([[-3.0, 2.0]]), torch.tensor([0]), None, "not logits"),
-        (torch.rand(2, 2), torch.tensor([0, 1]), ClassCounts(torch.ones(3, dtype=torch.int64)), "3 classes, the probabilities 2"),
+        (
+            torch.rand(2, 2),
+            torch.tensor([0, 1]),
+            ClassCounts(torch.ones(3, dtype=torch.int64)),
+            "3 classes, the probabilities 2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -22,7 +22,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -179,18 +181,19 @@ def test_as_a_transform_with_soft_labels() -> None:
 def test_bad_use_is_explained() -> None:
     with pytest.raises(UserError, match="number of epochs"):
         OTMixer(Net(), [0, 1], epochs=0)
+    data = dataset().tensors
+    featureless = OTMixer(Net(), data[1], 4, pairing=TransportPairing(), schedule=MixSchedule())
     with pytest.raises(UserError, match="features and logits are needed"):
-        data = dataset().tensors
-        OTMixer(Net(), data[1], 4, pairing=TransportPairing(), schedule=MixSchedule())(
-            (data[0][:4], data[1][:4]), (data[0][-4:], data[1][-4:])
-        )
+        featureless((data[0][:4], data[1][:4]), (data[0][-4:], data[1][-4:]))
     mixer = make(Net())
     with pytest.raises(UserError, match="2 classes"):
         mixer.load_state_dict(OTMixer(Net(), [0, 1], epochs=4).state_dict())
 
 
 @pytest.mark.parametrize("script", ["own_loop.py", "soft_labels.py"])
-def test_the_examples_run_and_are_short(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run_and_are_short(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len((EXAMPLES / script).read_text().splitlines()) < 60
     monkeypatch.setattr(sys, "argv", [script, "--epochs", "2"])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")

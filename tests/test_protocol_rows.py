@@ -1,4 +1,6 @@
-"""For each row of the table of protocols, one setting is flipped alone and the change is observed in the pieces of a real run."""
+"""For each row of the table of protocols, one setting is flipped alone and the change is observed in the pieces of a
+real run.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
-from otmix.training.loop import RunState
-from otmix.training.reporter import Silent
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
+from otmix.training.loop import RunState
+from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
 from otmix.types import Mixed, Output
@@ -129,7 +131,7 @@ def test_box_per_image(digits: ImageDataset, tmp_path: Path) -> None:
 
 
 def test_features(digits: ImageDataset, tmp_path: Path) -> None:
-    """The released code's features are the flattened last map, and computing them moves BatchNorm's running statistics."""
+    """The released code's features are the flattened last map; computing them moves BatchNorm's statistics."""
     for features, size, moved in (("pooled", 64, False), ("official", 64 * 2 * 2, True)):
         run = build(digits, tmp_path, features=features)
         run.stage.set_modes(run.module)
@@ -154,7 +156,8 @@ def test_where_f_comes_from(digits: ImageDataset, tmp_path: Path) -> None:
         estimate = run.confusion_source.estimate(run.state, None)
         assert estimate is not None
         seen[source] = (estimate.origin.split, estimate.origin.items, round(images))
-    # only the streamed counts come from the step itself; digits have no validation split, so held-out is balanced training
+    # only the streamed counts come from the step itself; digits have no validation split, so held-out is balanced
+    # training
     assert seen["streamed"] == ("train", "streamed", 64)
     assert seen["held-out"] == ("train", "balanced", 0)
     assert seen["train"] == ("train", "all", 0)
@@ -190,7 +193,14 @@ def test_soft_and_hard_counts(digits: ImageDataset, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("omega", 0.5), ("metric", "euclidean"), ("keep_diagonal", True), ("epsilon", 0.1), ("select", "sample"), ("alpha", 0.2)],
+    [
+        ("omega", 0.5),
+        ("metric", "euclidean"),
+        ("keep_diagonal", True),
+        ("epsilon", 0.1),
+        ("select", "sample"),
+        ("alpha", 0.2),
+    ],
 )
 def test_what_reaches_the_plan_and_the_mix(digits: ImageDataset, tmp_path: Path, setting: str, value: Any) -> None:
     """The same step of the same run differs in its plan (or its choice, or its box) when one setting does."""
@@ -229,7 +239,8 @@ def test_class_weighted_mean(digits: ImageDataset, tmp_path: Path) -> None:
         weight = reweighting.class_weight(200 / 240)
         output = Output(torch.zeros(len(mixed.images), 10))
         losses[reduction] = float(run.state.criterion(output, mixed.target, weight, 200 / 240, run.state.reduction))
-    # constant logits cost log 10 each: divided by its own weights, the loss is exactly that; the plain mean feels the weights
+    # constant logits cost log 10 each: divided by its own weights, the loss is exactly that; the plain mean feels the
+    # weights
     assert losses["weighted-mean"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)
     assert losses["mean"] != pytest.approx(losses["weighted-mean"], rel=0.05)
 
