@@ -89,7 +89,7 @@ class TransportPairing:
     cost: Callable[[Confusion | None], Cost] = _otmix_cost
     epsilon: float = 0.01
     max_iterations: int = 200
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
     select: Selection = "argmax"
 
     @torch.no_grad()
