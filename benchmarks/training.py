@@ -2,13 +2,14 @@
 
     python benchmarks/training.py [--rounds 7] [--json FILE] [--only NAME …]
 
-- `erm-step`: the whole program's training step (streams, augmentation, loop, log) against the barest PyTorch loop with the
-  same network, layout, precision and data residency. Target: at least 0.92 × its images/s.
-- `otmix-epoch-clean`, `otmix-epoch-paper`: steps of which every batch is mixed by transport, against `erm`'s steps of the same
-  program. Two more forward passes alone are 1.67 ×. Target: at most 1.75 ×. For `paper`, F comes from a balanced subset after
-  each epoch; its time is included, and so is the validation that both do.
-- `released-step`: the same step written as in OTmix's released code (features of the flattened last map in train mode with
-  gradient, a Python double loop for the class cost, POT's Sinkhorn, one paste per image). Target: ours at most 0.4 × its time.
+- `erm-step`: the whole program's training step (streams, augmentation, loop, log) against the barest PyTorch loop with
+  the same network, layout, precision and data residency. Target: at least 0.92 × its images/s.
+- `otmix-epoch-clean`, `otmix-epoch-paper`: steps of which every batch is mixed by transport, against `erm`'s steps of
+  the same program. Two more forward passes alone are 1.67 ×. Target: at most 1.75 ×. For `paper`, F comes from a
+  balanced subset after each epoch; its time is included, and so is the validation that both do.
+- `released-step`: the same step written as in OTmix's released code (features of the flattened last map in train mode
+  with gradient, a Python double loop for the class cost, POT's Sinkhorn, one paste per image). Target: ours at most 0.4
+  × its time.
 
 The two sides take turns; each round gives one ratio; printed are the medians, and the smallest and largest ratio.
 """
@@ -184,14 +185,22 @@ def interleave(
         a, b = first(), second()
         pairs.append((a, b) if turn % 2 == 0 else (b, a))
     ratios = [a / b for a, b in pairs]
+    mine, others = (statistics.median(side) for side in zip(*pairs))
     row = {
-        "name": name, "target": target, "ours_s": statistics.median(a for a, _ in pairs), "other_s": statistics.median(b for _, b in pairs),
-        "time_ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "rounds": rounds,
-        "ours_images_per_second": images / statistics.median(a for a, _ in pairs),
-    }  # fmt: skip
+        "name": name,
+        "target": target,
+        "ours_s": mine,
+        "other_s": others,
+        "time_ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "rounds": rounds,
+        "ours_images_per_second": images / mine,
+    }
     print(
         f"{name:<22} ours {row['ours_s']:.3f} s, other {row['other_s']:.3f} s, time ratio {row['time_ratio']:.3f} "
-        f"({row['lowest']:.3f} … {row['highest']:.3f}), images/s ratio {1 / statistics.median(ratios):.3f}; target {target}",
+        f"({row['lowest']:.3f} … {row['highest']:.3f}), images/s ratio {1 / statistics.median(ratios):.3f}; "
+        f"target {target}",
         flush=True,
     )
     return row
@@ -208,7 +217,8 @@ def main() -> None:
     args = parser.parse_args()
     where = args.steps, args.precision, args.device
     print(
-        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {args.steps} steps a round"
+        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, "
+        f"{args.steps} steps a round"
     )
     cases: dict[str, Callable[[], tuple[Callable[[], float], Callable[[], float], str]]] = {
         "erm-step": lambda: (Epochs("erm", *where), barest(*where), "images/s ratio >= 0.92"),

@@ -39,9 +39,15 @@ def gather_interleaved(fabric: Fabric, rows: Tensor, total: int) -> Tensor:
     longest = -(-total // fabric.world_size)
     padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=fabric.device)
     padded[: rows.shape[0]] = rows.to(fabric.device)
-    everything = fabric.all_gather(padded)
-    assert isinstance(everything, Tensor)
-    return everything.transpose(0, 1).flatten(0, 1)[:total].cpu()
+    parts = [torch.empty_like(padded) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(parts, padded)  # Fabric's own gathers by a deprecated function
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+
+
+ECHO_SECONDS = 0.2
+"""Within this time a second Ctrl-C is the first one again: a terminal sends it to us and to the process that started
+us.
+"""
 
 
 class StopRequest:
@@ -66,8 +72,7 @@ class StopRequest:
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            # a terminal may deliver the same Ctrl-C twice, to us and through the process that started us
-            if self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1.0:
+            if self.requested and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
                 raise KeyboardInterrupt
             if not self.requested:
                 self.requested, self._since = True, time.monotonic()

@@ -1,0 +1,23 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from run_server import Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Runs `train` in children of a process that has imported everything already, and kills them where it is told to.
+    """
+    folder = Path(tempfile.mkdtemp())
+    server = Server(folder)
+    yield server
+    server.close()
+    shutil.rmtree(folder)
