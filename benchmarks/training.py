@@ -1,6 +1,6 @@
 """What OTmix costs in training, on CIFAR-sized random images with ResNet-32 and batch 128.
 
-    python benchmarks/training.py [--rounds 7] [--json FILE] [--only NAME …]
+    python benchmarks/training.py [--rounds 7] [--compile] [--json FILE] [--only NAME …]
 
 - `erm-step`: the whole program's training step (streams, augmentation, loop, log) against the barest PyTorch loop with
   the same network, layout, precision and data residency. Target: at least 0.92 × its images/s.
@@ -22,7 +22,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,20 +59,33 @@ def dataset(steps: int) -> ImageDataset:
     return ImageDataset("random", names, source, None, source.select(torch.arange(10)), 32, 3, MEAN, STD, True)
 
 
+@dataclass(frozen=True)
+class How:
+    """What both sides of a comparison share."""
+
+    steps: int
+    precision: str
+    device: str
+    compile: bool
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function) if self.compile else function
+
+
 class Epochs:
     """Epochs of one method through the whole program, one at a time."""
 
-    def __init__(
-        self, method: str, steps: int, precision: str, device: str, protocol: str = "clean", **settings: object
-    ) -> None:
+    def __init__(self, method: str, how: How, protocol: str = "clean", **settings: object) -> None:
         config = RunConfig(
-            method=method, protocol=protocol, backbone="resnet32", epochs=1000, batch_size=BATCH, precision=precision,
-            accelerator=device, evaluate_every=1000, lr=0.01, set=Overrides(**settings),
+            method=method, protocol=protocol, backbone="resnet32", epochs=1000, batch_size=BATCH, evaluate_every=1000,
+            precision=how.precision, accelerator=how.device, compile=how.compile, lr=0.01, set=Overrides(**settings),
         )  # fmt: skip
         self.folder = tempfile.TemporaryDirectory()
-        self.run: RunState = build_run(
-            make_fabric(config), Path(self.folder.name), prepare(config, dataset(steps)), Silent()
-        )
+        plan = prepare(config, dataset(how.steps))
+        self.run: RunState = build_run(make_fabric(config), Path(self.folder.name), plan, Silent())
 
     def __call__(self) -> float:
         """Seconds of one epoch: its steps, F for the next one, and the checkpoint."""
@@ -80,13 +95,14 @@ class Epochs:
         return time.perf_counter() - began
 
 
-def barest(steps: int, precision: str, device: str) -> Callable[[], float]:
+def barest(how: How) -> Callable[[], float]:
     """A loop without this package's program: resident uint8 images, crop and flip, SGD (25 lines)."""
-    data = dataset(steps)
+    data, device = dataset(how.steps), how.device
     images, labels = data.train.images.to(device), data.train.labels.to(device)
     model = build_model("resnet32", 10, image_size=32, mean=MEAN, std=STD).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4, fused=True)
     model.train()
+    forward = how.compiled(model)
     rows = torch.arange(32, device=device)
 
     def epoch() -> float:
@@ -97,8 +113,8 @@ def barest(steps: int, precision: str, device: str) -> Callable[[], float]:
             top, left, flip = (torch.randint(high, (len(index), 1), device=device) for high in (9, 9, 2))
             columns = left + torch.where(flip == 1, rows.flip(0), rows)
             x = padded.permute(0, 2, 3, 1)[n, (top + rows)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
-                logits = model(x.float().div_(255)).logits
+            with how.autocast():
+                logits = forward(x.float().div_(255)).logits
             loss = F.cross_entropy(logits.float(), labels[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -110,15 +126,16 @@ def barest(steps: int, precision: str, device: str) -> Callable[[], float]:
     return epoch
 
 
-def released(steps: int, precision: str, device: str) -> Callable[[], float]:
+def released(how: How) -> Callable[[], float]:
     """A step as the released code writes it, our words: same data, network, layout and precision (39 lines)."""
     import ot
 
-    data = dataset(steps)
+    data, device = dataset(how.steps), how.device
     images, labels = data.train.images.to(device), data.train.labels.to(device)
     model = build_model("resnet32", 10, image_size=32, mean=MEAN, std=STD).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4, fused=True)
     model.train()
+    forward, features = how.compiled(model), how.compiled(model.official_features)
     confusion = random_confusion().double()
     weight = (1.0 / torch.bincount(labels).double())[labels]
     flip = torch.tensor([-1], device=device)
@@ -136,8 +153,8 @@ def released(steps: int, precision: str, device: str) -> Callable[[], float]:
         for back in torch.randperm(len(labels)).split(BATCH):
             fore = torch.multinomial(weight.cpu(), len(back), replacement=True)
             x_b, x_f, y_b, y_f = augment(back), augment(fore), labels[back], labels[fore]
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
-                z_b, z_f = model.official_features(x_b).float(), model.official_features(x_f).float()
+            with how.autocast():
+                z_b, z_f = features(x_b).float(), features(x_f).float()
             cosine = 1 - F.normalize(z_f) @ F.normalize(z_b).T
             classes = torch.zeros(len(back), len(back), dtype=torch.float64)
             for i in range(len(back)):
@@ -153,8 +170,8 @@ def released(steps: int, precision: str, device: str) -> Callable[[], float]:
             for i in range(len(back)):
                 mixed[i, :, top : top + side, left : left + side] = x_f[i, :, top : top + side, left : left + side]
             share = 1 - side * side / 1024
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
-                logits = model(mixed).logits.float()
+            with how.autocast():
+                logits = forward(mixed).logits.float()
             loss = F.cross_entropy(logits, y_b[chosen]) * share + F.cross_entropy(logits, y_f) * (1 - share)
             optimizer.zero_grad()
             loss.backward()
@@ -169,8 +186,8 @@ def random_confusion() -> Tensor:
     return matrix / matrix.sum(1, keepdim=True)
 
 
-def transporting(steps: int, precision: str, device: str, protocol: str = "clean") -> Epochs:
-    epochs = Epochs("otmix", steps, precision, device, protocol, **ALL_TRANSPORT)
+def transporting(how: How, protocol: str = "clean") -> Epochs:
+    epochs = Epochs("otmix", how, protocol, **ALL_TRANSPORT)
     epochs.run.confusion = Confusion(random_confusion().to(epochs.run.fabric.device), ConfusionOrigin())
     return epochs
 
@@ -211,28 +228,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10, help="steps of an epoch, one side of one round")
     parser.add_argument("--precision", default="bf16-mixed", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    where = args.steps, args.precision, args.device
-    print(
-        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, "
-        f"{args.steps} steps a round"
-    )
-    cases: dict[str, Callable[[], tuple[Callable[[], float], Callable[[], float], str]]] = {
-        "erm-step": lambda: (Epochs("erm", *where), barest(*where), "images/s ratio >= 0.92"),
-        "otmix-epoch-clean": lambda: (transporting(*where), Epochs("erm", *where), "time ratio <= 1.75"),
-        "otmix-epoch-paper": lambda: (
-            transporting(97, *where[1:], protocol="paper"), Epochs("erm", 97, *where[1:]), "time ratio <= 1.75"),
-        "released-step": lambda: (transporting(*where), released(*where), "time ratio <= 0.4"),
+    how = How(args.steps, args.precision, args.device, args.compile)
+    long = replace(how, steps=97)  # a whole epoch of CIFAR-10-LT-100: F is estimated once in it
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {how}")
+    cases: dict[str, tuple[Callable[[], Callable[[], float]], Callable[[], Callable[[], float]], str, How]] = {
+        "erm-step": (lambda: Epochs("erm", how), lambda: barest(how), "images/s ratio >= 0.92", how),
+        "otmix-epoch-clean": (lambda: transporting(how), lambda: Epochs("erm", how), "time ratio <= 1.75", how),
+        "otmix-epoch-paper": (
+            lambda: transporting(long, "paper"), lambda: Epochs("erm", long), "time ratio <= 1.75", long),
+        "released-step": (lambda: transporting(how), lambda: released(how), "time ratio <= 0.4", how),
     }  # fmt: skip
     rows = []
-    for name, make in cases.items():
+    for name, (ours, other, target, of) in cases.items():
         if args.only is None or name in args.only:
-            ours, other, target = make()
-            steps = 97 if name == "otmix-epoch-paper" else args.steps
-            rows.append(interleave(name, ours, other, args.rounds, target, steps * BATCH))
+            rows.append(interleave(name, ours(), other(), args.rounds, target, of.steps * BATCH))
     if args.json:
         args.json.write_text(
             json.dumps(

@@ -119,7 +119,8 @@ def lightning_quietly() -> Iterator[None]:
 
     import lightning.fabric  # noqa: F401  (its import sets the level of its logger)
 
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # Fabric's hints go through the logger of either
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield

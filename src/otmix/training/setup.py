@@ -229,7 +229,7 @@ def embed_maker(
     """Makes, for each step, the `embed` that pairing sees: it looks at the images the step has already loaded, and
     loads others on demand.
     """
-    model = plan.model
+    model: Callable[[Tensor], Output] = torch.compile(plan.model) if plan.config.compile else plan.model
     official = plan.protocol.features == "official"
     counting = source is not None and source.streamed
 
@@ -240,7 +240,7 @@ def embed_maker(
             batch = loaded[id(items)] if id(items) in loaded else store.fetch(items, None)
             if official:  # in train mode, as the released code does: these passes move BatchNorm's running statistics
                 with torch.no_grad(), fabric.autocast():  # its gradients reach nothing, so none are kept
-                    return Embedded(batch.items, model.official_features(batch.images).float())
+                    return Embedded(batch.items, plan.model.official_features(batch.images).float())
             # only the backgrounds are counted; the foregrounds need no probabilities
             wanted = counting and batch is step.background
             return embed(
