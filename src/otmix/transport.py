@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ HISTORY = 4
 LONGEST_STEP = 16.0
 """An extrapolation changes the logarithm of no scaling by more than this."""
 PROGRESS = 0.9
-"""P"""
+"""After an extrapolation that left more than this share of the error, the next block does without one."""
 WORSE = 2.0
-"""A block whose error is this many times that of the block before is undone."""
+"""A block whose error is this many times that of the block before is undone: on the way down, extrapolations may climb.
+"""
+PATIENCE = 6
+"""After as many blocks without a new least error, a block must not be worse at all: plain iterations always get there.
+"""
 
 
 @torch.no_grad()
@@ -36,7 +41,29 @@ def sinkhorn(
 
         min_T  Σ_ij C_ij T_ij + ε Σ_ij T_ij ln T_ij   with  T ≥ 0,  Σ_j T_ij = a_i,  Σ_i T_ij = b_j
 
-    TODO
+    `cost [...,f,m]` is C, each matrix a problem of its own; `foreground_mass [...,f]` is a and `background_mass
+    [...,m]` is b, each summing to 1, zeros allowed, uniform if not given. `epsilon` is in units of the cost. float16
+    and bfloat16 costs are solved in float32; the plan has the dtype of the computation and no gradient.
+
+    The rows of the returned coupling sum to a up to rounding, also when the iterations end early, so every foreground
+    with a mass has a largest entry. `marginal_error` is measured on the returned coupling, and `converged` says that it
+    is at most `tolerance`. In float32 the error has a floor of about 1e-6 on easy and 3e-5 on nearly separable
+    problems, in float64 1e-15. Rounding of the cost itself changes T by a factor of about 1 ± 6e-8 · max|C|/ε in
+    float32. A potential is −∞ where the mass is zero.
+
+    On the CPU each problem stops at the first block of `BLOCK` iterations that ends converged. Other devices always run
+    `max_iterations`, so that nothing waits for them and a CUDA graph can capture the call; a problem that has converged
+    keeps its solution.
+
+    Method: Sinkhorn's scaling of a kernel that has absorbed the potentials (Schmitzer 2019), so that neither it nor the
+    scalings leave the range of the floats; after each block the scalings are extrapolated from their last residuals
+    (reduced rank extrapolation, see Sidi 2017, "Vector Extrapolation Methods"), and a block that makes the error worse
+    is undone.
+
+    Raises ValueError for shapes that do not fit, a cost that is not floating or has no entries, an epsilon, iteration
+    count or tolerance out of range, and, on the CPU, for a cost that is not finite and for masses that are negative or
+    do not sum to 1 (within 1e-3; they are then divided by their sum). Where looking would mean to wait for the device,
+    such a problem instead gets the coupling for C = 0 or uniform masses, and `converged` False.
     """
     _check_settings(cost, epsilon, max_iterations, tolerance)
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
@@ -61,7 +88,8 @@ def sinkhorn(
 
 def _check_settings(cost: Tensor, epsilon: float, max_iterations: int, tolerance: float) -> None:
     if cost.ndim < 2 or 0 in cost.shape[-2:] or not cost.is_floating_point():
-        raise ValueError(f"the cost must be floating point of shape [...,f,m], not {cost.dtype} of shape {tuple(cost.shape)}")
+        shape = tuple(cost.shape)
+        raise ValueError(f"the cost must be floating point of shape [...,f,m], not {cost.dtype} of shape {shape}")
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, it is {epsilon}")
     if max_iterations < 1:
@@ -75,12 +103,13 @@ def _mass(mass: Tensor | None, like: Tensor, name: str) -> tuple[Tensor, Tensor]
     n = like.shape[-1]
     if mass is None:
         return torch.full_like(like, 1 / n), like.new_ones(like.shape[:-1], dtype=torch.bool)
+    needed = f"{name} has shape {tuple(mass.shape)}; a cost of this shape needs {tuple(like.shape)}"
     if mass.ndim < 1 or mass.shape[-1] != n or mass.ndim > like.ndim:
-        raise ValueError(f"{name} has shape {tuple(mass.shape)}; a cost of this shape needs {tuple(like.shape)}")
+        raise ValueError(needed)
     try:
         given = mass.detach().to(like).expand_as(like)
     except RuntimeError as error:
-        raise ValueError(f"{name} has shape {tuple(mass.shape)}; a cost of this shape needs {tuple(like.shape)}") from error
+        raise ValueError(needed) from error
     total = given.sum(-1)
     valid = (given >= 0).all(-1) & ((total - 1).abs() <= 1e-3)  # NaN and ∞ are not valid either
     if like.device.type == "cpu" and not bool(valid.all()):
@@ -88,7 +117,9 @@ def _mass(mass: Tensor | None, like: Tensor, name: str) -> tuple[Tensor, Tensor]
     return torch.where(valid[..., None], given / total[..., None], 1 / n), valid
 
 
-def _solve(cost: Tensor, a: Tensor, b: Tensor, valid: Tensor, epsilon: float, max_iterations: int, tolerance: float) -> Plan:
+def _solve(
+    cost: Tensor, a: Tensor, b: Tensor, valid: Tensor, epsilon: float, max_iterations: int, tolerance: float
+) -> Plan:
     """`sinkhorn` on checked input: on the CPU for one problem, elsewhere for all at once."""
     on_cpu = cost.device.type == "cpu"
     precision = torch.finfo(cost.dtype)
@@ -97,13 +128,13 @@ def _solve(cost: Tensor, a: Tensor, b: Tensor, valid: Tensor, epsilon: float, ma
         scaled = torch.where(valid[..., None, None], scaled, 0.0)
     # An empty row or column takes part with a mass that is lost in rounding, so that all scalings stay positive.
     a_, b_ = a.clamp_min(precision.eps**2), b.clamp_min(precision.eps**2)
-    far = -math.log(precision.tiny) / 4  # while |ln v| stays below this, what has underflowed in the kernel is nothing in the coupling
+    far = -math.log(precision.tiny) / 4  # while |ln v| is below this, what underflowed in the kernel is nothing in T
     f, g = torch.zeros_like(a), torch.zeros_like(b)  # what the kernel has absorbed, in units of ε
     kernel, f, g, _ = _absorb(scaled, f, g, a, b)
     kept, v = b_, b_
     before = torch.full(a.shape[:-1], math.inf, dtype=a.dtype, device=a.device)
     done = torch.zeros_like(before, dtype=torch.bool)
-    leapt = done
+    least, idle, leapt = before, torch.zeros_like(before), done
     iterations = torch.zeros_like(before, dtype=torch.int64)
     buffer = a.new_empty(*a.shape[:-1], BLOCK + 1, b.shape[-1])
     for start in range(0, max_iterations, BLOCK):
@@ -114,7 +145,9 @@ def _solve(cost: Tensor, a: Tensor, b: Tensor, valid: Tensor, epsilon: float, ma
         recent = scalings[..., -HISTORY - 2 :, :]
         residuals = (recent[..., 1:, :] / recent[..., :-1, :]).log()
         error = (b_ * residuals[..., -1, :].expm1().abs()).sum(-1)
-        better = (error < WORSE * before) & ~done  # never true of NaN and ∞
+        better = (error < torch.where(idle < PATIENCE, WORSE * before, before)) & ~done  # never true of NaN and ∞
+        improved = better & (error < least)
+        least, idle = torch.where(improved, error, least), torch.where(improved, 0.0, idle + 1.0)
         iterations = torch.where(done, iterations, start + count)
         kept = torch.where(better[..., None], scalings[..., -1, :], kept)
         done = done | (better & (error <= 0.9 * tolerance))
@@ -139,7 +172,8 @@ def _solve(cost: Tensor, a: Tensor, b: Tensor, valid: Tensor, epsilon: float, ma
 
 
 def _absorb(scaled: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A kernel exp(−C/ε + f + g), f and g shifted so that every row and every column with a mass has the maximum 1; f, g and the shift of g.
+    """A kernel exp(−C/ε + f + g), f and g shifted so that every row and every column with a mass has the maximum 1;
+    then f, g and the shift of g.
 
     Where the masses are not zero no product with the kernel can vanish, whatever the cost is.
     """
@@ -161,17 +195,20 @@ def _product(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _iterate(kernel: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
-    """Plain iterations u = a / K v, v = b / Kᵀ u from `scalings[...,0,:]`; fills the other rows with the v, returns the last u."""
+    """Plain iterations u = a / K v, v = b / Kᵀ u from `scalings[...,0,:]`; fills the other rows with the v, and returns
+    the last u.
+    """
     v = scalings.unbind(-2)
     u = a
-    for before, after in zip(v[:-1], v[1:]):
+    for before, after in pairwise(v):
         u = a / _product(kernel, before)
         torch.div(b, _product(kernel.mT, u), out=after)
     return u
 
 
 def _extrapolate(residuals: Tensor, weight: Tensor) -> Tensor:
-    """The step from the last iterate to where its residual would vanish, were the iterations linear (reduced rank extrapolation).
+    """The step from the last iterate to where its residual would vanish, were the iterations linear (reduced rank
+    extrapolation).
 
     `residuals [...,k+1,m]` are the last steps of ln v. Combines them by least squares, weighted by `weight [...,m]`.
     """
@@ -180,7 +217,8 @@ def _extrapolate(residuals: Tensor, weight: Tensor) -> Tensor:
         return torch.zeros_like(last[..., 0, :])
     changes = residuals.diff(dim=-2)
     sides = torch.cat([changes, last], dim=-2)
-    system = ((changes * weight[..., None, :])[..., None, :] * sides[..., None, :, :]).sum(-1)  # [...,k,k+1]; never in TF32
+    # [...,k,k+1], not as a matrix product, which might be done in TF32
+    system = ((changes * weight[..., None, :])[..., None, :] * sides[..., None, :, :]).sum(-1)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     precision = torch.finfo(system.dtype)
     diagonal += 8 * precision.eps * diagonal.sum(-1, keepdim=True) + precision.tiny

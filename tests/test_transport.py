@@ -1,0 +1,203 @@
+"""The solver against POT's float64 log solver, and against what must hold of any plan."""
+
+import math
+import warnings
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from otmix.transport import sinkhorn
+
+EPSILONS = (0.1, 0.01, 0.005)
+
+
+def eq_7(f: int, m: int, classes: int, seed: int, noise: float = 2.0) -> Tensor:
+    """A cost as training makes them: features around class centres, and a confusion matrix with a few large entries."""
+    g = torch.Generator().manual_seed(seed)
+    y_f, y_b = torch.randint(classes, (f,), generator=g), torch.randint(classes, (m,), generator=g)
+    confusion = torch.rand(classes, classes, generator=g) ** 4
+    confusion = (confusion / confusion.sum(1, keepdim=True)).fill_diagonal_(0)
+    centres = torch.randn(classes, 64, generator=g)
+    z_f = F.normalize(torch.relu(centres[y_f] + noise * torch.randn(f, 64, generator=g)))
+    z_b = F.normalize(torch.relu(centres[y_b] + noise * torch.randn(m, 64, generator=g)))
+    return 0.05 * (1 - z_f @ z_b.T) + 0.95 * (1 - confusion[y_f][:, y_b])
+
+
+def uniform(f: int, m: int, seed: int) -> Tensor:
+    return torch.rand(f, m, generator=torch.Generator().manual_seed(seed))
+
+
+COSTS = {
+    "uniform": uniform(64, 64, 0),
+    "10 classes": eq_7(128, 128, 10, 1),
+    "100 classes": eq_7(128, 128, 100, 2),
+    "more foregrounds": eq_7(90, 40, 10, 3),
+    "more backgrounds": eq_7(40, 90, 10, 4),
+    "constant": torch.full((20, 30), 0.7),
+    "equal rows": uniform(1, 25, 5).expand(25, 25).contiguous(),
+    "two equal halves": uniform(20, 20, 6).repeat(2, 1),
+    "one class": eq_7(32, 32, 1, 7),
+    "one foreground": uniform(1, 9, 8),
+    "one background": uniform(9, 1, 9),
+}
+
+
+def reference(cost: Tensor, epsilon: float) -> Tensor:
+    """POT's log solver in float64, converged."""
+    f, m = cost.shape
+    a, b = np.full(f, 1 / f), np.full(m, 1 / m)
+    plan = ot.bregman.sinkhorn_log(a, b, cost.double().numpy(), epsilon, numItermax=50_000, stopThr=1e-9, warn=False)
+    return torch.from_numpy(plan)
+
+
+def objective(coupling: Tensor, cost: Tensor, epsilon: float) -> float:
+    """Eq. 4 plus the constant ε ln(f·m): as a divergence from the product of the masses it is never a difference of
+    nearly equal numbers, so that a relative gap means something.
+    """
+    coupling = coupling.double()
+    return float((coupling * cost.double()).sum() + epsilon * torch.xlogy(coupling, coupling * coupling.numel()).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("name", COSTS)
+def test_agrees_with_pot(name: str, epsilon: float, dtype: torch.dtype) -> None:
+    cost = COSTS[name]
+    plan = sinkhorn(cost.to(dtype), epsilon=epsilon, max_iterations=5000)
+    want = reference(cost, epsilon)
+    assert bool(plan.converged)
+    chosen = want.gather(1, plan.coupling.argmax(1, keepdim=True))[:, 0]
+    assert float((chosen >= 0.999 * want.amax(1)).double().mean()) >= 0.995
+    gap = abs(objective(plan.coupling, cost, epsilon) - objective(want, cost, epsilon))
+    assert gap <= 1e-4 * abs(objective(want, cost, epsilon))
+
+
+@given(
+    f=st.integers(1, 9),
+    m=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 50.0, 1e4]),
+    epsilon=st.sampled_from([1e-3, 0.01, 0.5]),
+    iterations=st.sampled_from([1, 7, 100]),
+    wide=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_what_holds_of_every_plan(
+    f: int, m: int, seed: int, scale: float, epsilon: float, iterations: int, wide: bool
+) -> None:
+    """Finite, non-negative, never all zero, honest about its error; without a warning."""
+    cost = (uniform(f, m, seed) * scale).to(torch.float64 if wide else torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = sinkhorn(cost, epsilon=epsilon, max_iterations=iterations, tolerance=1e-4)
+    coupling = plan.coupling
+    assert coupling.dtype == cost.dtype
+    assert bool(coupling.isfinite().all())
+    assert bool((coupling >= 0).all())
+    assert float(coupling.sum()) == pytest.approx(1, abs=1e-4)
+    rows = float((coupling.double().sum(1) - 1 / f).abs().sum())
+    columns = float((coupling.double().sum(0) - 1 / m).abs().sum())
+    assert float(plan.marginal_error) == pytest.approx(max(rows, columns), abs=2e-6)
+    assert bool(plan.converged) == (float(plan.marginal_error) <= 1e-4)
+    assert 1 <= int(plan.iterations) <= iterations
+
+
+def test_the_potentials_make_the_coupling() -> None:
+    cost = COSTS["10 classes"].double()
+    plan = sinkhorn(cost, epsilon=0.05, max_iterations=500)
+    made = ((plan.foreground_potential[:, None] + plan.background_potential - cost) / 0.05).exp()
+    torch.testing.assert_close(made, plan.coupling)
+
+
+def test_given_masses() -> None:
+    cost = uniform(6, 8, 0).double()
+    a, b = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1]).double(), torch.full((8,), 1 / 8).double()
+    plan = sinkhorn(cost, a, b, epsilon=0.1, max_iterations=2000, tolerance=1e-9)
+    torch.testing.assert_close(plan.coupling.sum(1), a)
+    torch.testing.assert_close(plan.coupling.sum(0), b)
+    want = ot.sinkhorn(a.numpy(), b.numpy(), cost.numpy(), 0.1, stopThr=1e-12, numItermax=20_000)
+    torch.testing.assert_close(plan.coupling, torch.from_numpy(want))
+
+
+def test_a_foreground_without_mass_gets_nothing() -> None:
+    plan = sinkhorn(uniform(3, 4, 0), torch.tensor([0.5, 0.0, 0.5]), epsilon=0.1)
+    assert plan.coupling[1].tolist() == [0.0] * 4
+    assert float(plan.coupling.sum()) == pytest.approx(1)
+
+
+def test_a_batch_is_its_problems_one_by_one() -> None:
+    costs = torch.stack([eq_7(12, 15, 3, seed) for seed in range(6)]).reshape(2, 3, 12, 15)
+    together = sinkhorn(costs)
+    assert together.coupling.shape == (2, 3, 12, 15)
+    assert together.converged.shape == together.iterations.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            alone = sinkhorn(costs[i, j])
+            torch.testing.assert_close(together.coupling[i, j], alone.coupling)
+            assert int(together.iterations[i, j]) == int(alone.iterations)
+
+
+@given(seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_symmetries(seed: int) -> None:
+    """Transposing, permuting, and adding constants to rows and columns do what they do to the exact solution."""
+    cost = eq_7(10, 12, 3, seed).double()
+    options = {"epsilon": 0.02, "max_iterations": 20_000, "tolerance": 1e-10}
+    solved = sinkhorn(cost, **options)  # type: ignore[arg-type]
+    assert bool(solved.converged)
+    plan = solved.coupling
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(10, generator=g)
+    shifted = cost + torch.rand(10, 1, generator=g).double() + torch.rand(12, generator=g).double()
+    torch.testing.assert_close(sinkhorn(cost.T, **options).coupling.T, plan, atol=1e-9, rtol=1e-5)  # type: ignore[arg-type]
+    torch.testing.assert_close(sinkhorn(cost[order], **options).coupling, plan[order], atol=1e-9, rtol=1e-5)  # type: ignore[arg-type]
+    torch.testing.assert_close(sinkhorn(shifted, **options).coupling, plan, atol=1e-9, rtol=1e-5)  # type: ignore[arg-type]
+
+
+def test_half_precision_costs_are_solved_in_float32() -> None:
+    cost = COSTS["10 classes"]
+    plan = sinkhorn(cost.bfloat16())
+    assert plan.coupling.dtype == torch.float32
+    torch.testing.assert_close(plan.coupling, sinkhorn(cost.bfloat16().float()).coupling)
+
+
+def test_no_gradient_is_kept() -> None:
+    assert not sinkhorn(uniform(4, 4, 0).requires_grad_()).coupling.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("cost", "options", "message"),
+    [
+        (torch.zeros(3), {}, r"\[\.\.\.,f,m\]"),
+        (torch.zeros(0, 3), {}, r"\[\.\.\.,f,m\]"),
+        (torch.zeros(2, 2, dtype=torch.int64), {}, "floating"),
+        (torch.zeros(2, 2), {"epsilon": 0.0}, "epsilon"),
+        (torch.zeros(2, 2), {"epsilon": math.nan}, "epsilon"),
+        (torch.zeros(2, 2), {"max_iterations": 0}, "max_iterations"),
+        (torch.zeros(2, 2), {"tolerance": -1.0}, "tolerance"),
+        (torch.tensor([[math.nan]]), {}, "finite"),
+        (torch.zeros(2, 2), {"foreground_mass": torch.tensor([1.0])}, "foreground_mass"),
+        (torch.zeros(2, 2), {"background_mass": torch.tensor([1.5, -0.5])}, "background_mass"),
+    ],
+)
+def test_bad_arguments_are_named(cost: Tensor, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sinkhorn(cost, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_and_can_be_captured() -> None:
+    cost = COSTS["10 classes"].cuda()
+    plan = sinkhorn(cost)
+    torch.testing.assert_close(plan.coupling.cpu(), sinkhorn(cost.cpu()).coupling, atol=1e-5, rtol=1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sinkhorn(cost)
+    graph.replay()
+    torch.testing.assert_close(captured.coupling, plan.coupling)
