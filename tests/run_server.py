@@ -7,6 +7,7 @@ to stdout. A child that was told to may send itself a signal at an exact event o
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class Job:
     signal: int = signal.SIGKILL
     again: list[int] = field(default_factory=list)
     pictures: bool = False
+    prepare: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Bomb:
 
 def listen(bomb: Bomb, pictures: bool) -> None:
     """Tell `bomb` of every event in this process from now on."""
+    import lightning.fabric
     import torch
 
     import otmix.training.loop as loop
@@ -126,7 +130,10 @@ def listen(bomb: Bomb, pictures: bool) -> None:
         replace(source, target)
         bomb.hit(f"after {Path(target).name}")
 
-    def saved(value: object, stream: Any) -> None:
+    def saved(value: object, stream: Any, **options: Any) -> None:
+        if options:  # torch sends tensors to other processes like this
+            save(value, stream, **options)
+            return
         whole = io.BytesIO()
         save(value, whole)
         half = len(whole.getvalue()) // 2
@@ -150,8 +157,14 @@ def listen(bomb: Bomb, pictures: bool) -> None:
 
     os.replace, torch.save, loop.Tally.add, loop.finish_epoch = replaced, saved, added, finished
     os.fsync = nothing  # SIGKILL loses no write, and a disk is slow
+    lightning.fabric.Fabric = partial(forking, lightning.fabric.Fabric)  # type: ignore[misc]
     if not pictures:
         outcome.draw_pictures = outcome.write_page = run.write_page = nothing
+
+
+def forking(fabric: Any, strategy: str, **settings: Any) -> Any:
+    """Several processes are forked too: they need not import everything again."""
+    return fabric(strategy="ddp_fork" if strategy == "ddp_spawn" else strategy, **settings)
 
 
 def child(job: Job) -> None:
@@ -161,6 +174,9 @@ def child(job: Job) -> None:
     bomb = Bomb(job)
     try:
         listen(bomb, job.pictures)
+        if job.prepare:
+            module, function, argument = job.prepare.split(" ", 2)
+            getattr(importlib.import_module(module), function)(argument)
         train(RunConfig.from_dict(job.config))
         outcome = Outcome("done", steps=bomb.seen["step"])
     except BaseException as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from otmix.data import ImageStore
+from otmix.errors import UserError
 from otmix.evaluation import Evaluation, evaluate_predictions, predict_probabilities
 from otmix.losses import Criterion
 from otmix.models import Classifier
@@ -22,7 +24,9 @@ def predict_items(
     fabric: Fabric, model: Classifier, criterion: Criterion, store: ImageStore, items: Items, batch_size: int
 ) -> Tensor:
     """Class probabilities `[n,K]` of `items`, in their order, on the CPU of every process."""
-    mine = items[fabric.global_rank :: fabric.world_size]
+    # as many for each process, the first ones again at the end: none may be left without any
+    longest = -(-len(items) // fabric.world_size) * fabric.world_size
+    mine = items[torch.arange(fabric.global_rank, longest, fabric.world_size) % len(items)]
     batches = store.stream(in_batches(mine, batch_size))
     probabilities, _, _ = predict_probabilities(
         model, batches, probabilities=criterion.probabilities, autocast=fabric.autocast
@@ -41,4 +45,6 @@ def evaluate_items(
 ) -> tuple[Evaluation, Tensor]:
     """The evaluation of `items`, and the probabilities it was made from."""
     probabilities = predict_items(fabric, model, criterion, store, items, batch_size)
+    if not bool(probabilities.isfinite().all()):
+        raise UserError("the model's probabilities are not finite numbers; try a lower --lr, or --precision 32-true")
     return evaluate_predictions(probabilities, items.labels.cpu(), counts), probabilities

@@ -54,7 +54,7 @@ def make_fabric(config: RunConfig) -> Fabric:
         except (MisconfigurationException, RuntimeError, ValueError) as error:
             raise UserError(
                 f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
-                f"{config.precision}: {error}"
+                f"{config.precision}: {str(error).partition('. ')[0].rstrip('.')}; choose --accelerator auto"
             ) from error
 
 

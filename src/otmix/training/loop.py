@@ -22,7 +22,7 @@ from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream, ForegroundStream
 from otmix.training.checkpoint import random_state, restore_random_state, save_checkpoint
 from otmix.training.confusion_source import ConfusionSource
-from otmix.training.processes import StopRequest, summed
+from otmix.training.processes import StopRequest, largest, of_each, share_buffers, summed
 from otmix.training.reporter import Progress, Reporter
 from otmix.training.stage import Stage, StepItems, StepState
 from otmix.training.tally import Tally
@@ -116,7 +116,11 @@ def train_epoch(run: RunState) -> None:
             group["lr"] = stage.optimizer.lr * factor
 
         items = StepItems(next(backgrounds), next(foregrounds) if _needs_foreground(run, moment) else None)
-        parts = stage.step(state, items, PairingContext(moment, run.confusion))
+        try:
+            parts = stage.step(state, items, PairingContext(moment, run.confusion))
+        except ValueError:  # a cost may refuse what a broken model says before its loss is seen
+            check_finite(run, alone=True)
+            raise
         run.optimizer.zero_grad(set_to_none=True)
         run.fabric.backward(parts.loss)
         run.optimizer.step()
@@ -141,13 +145,15 @@ def train_epoch(run: RunState) -> None:
 def finish_epoch(run: RunState) -> None:
     """F for the next epoch, validation, the line of the log, and a checkpoint."""
     add_up = summed(run.fabric)
+    share_buffers(run.fabric, run.state.model)  # what is judged below is the model that is kept
     check_finite(run)
     row: dict[str, Any] = {"stage": run.stage.name, "epoch": run.epoch}
     row["lr"] = run.stage.optimizer.lr * run.stage.schedule.factor(run.epoch, run.stage.epochs)
     row |= run.tally.read(add_up)
     row["seconds"] = run.tally.seconds
     row["images_per_second"] = row.pop("images") / max(run.tally.seconds, 1e-9)
-    row["marginal_error"] = float(run.tally.marginal_error) if row.pop("transport_steps") else None
+    marginal_error = float(largest(run.fabric, run.tally.marginal_error))
+    row["marginal_error"] = marginal_error if row.pop("transport_steps") else None
     last = run.epoch + 1 == run.stage.epochs
     if run.confusion_source is not None and not last:
         run.confusion = run.confusion_source.estimate(run.state, run.confusion)
@@ -161,21 +167,22 @@ def finish_epoch(run: RunState) -> None:
         raise Interrupted(run.run_dir)
 
 
-def check_finite(run: RunState) -> None:
-    """Raises UserError, naming the step, when a loss of this epoch was not finite. Nothing has been saved since."""
-    bad = run.tally.bad_step
-    if run.fabric.world_size > 1:
-        reduced = run.fabric.all_reduce(bad, reduce_op="max")
-        assert isinstance(reduced, torch.Tensor)
-        bad = reduced
-    if int(bad) >= 0:
+def check_finite(run: RunState, alone: bool = False) -> None:
+    """Raises UserError, naming the step, when a loss of this epoch was not finite, or the weights are not after the
+    last step. Nothing has been saved since. `alone`: the other processes are not asked.
+    """
+    model = torch.stack([value.isfinite().all() for value in run.state.model.state_dict().values()]).all()
+    bad = torch.where((run.tally.bad_step < 0) & ~model, run.step - 1, run.tally.bad_step)
+    step = int(bad if alone else largest(run.fabric, bad))
+    if step >= 0:
         kept = (
             f"the checkpoint before it is kept in {run.run_dir}"
             if checkpoint_path(run.run_dir).exists()
             else "no checkpoint had been written yet"
         )
         raise UserError(
-            f"the loss was not a finite number at step {int(bad)} of epoch {run.epoch} (both counted from 0); {kept}; "
+            f"the loss or the weights were not finite numbers at step {step} of epoch {run.epoch} (both counted from "
+            f"0); {kept}; "
             "try a lower --lr, a --warmup of 0.05, or --precision 32-true"
         )
 
@@ -183,11 +190,9 @@ def check_finite(run: RunState) -> None:
 def save(run: RunState) -> None:
     """Write a checkpoint (rank 0), unless the loss has gone wrong."""
     check_finite(run)
-    add_up = summed(run.fabric)  # what each process counted by itself is saved as one sum
-    counter = None if run.confusion_source is None else run.confusion_source.counter.table.gathered(add_up).cpu()
-    tally = run.tally.state_dict(add_up)
+    processes = of_each(run.fabric, _own(run))
     if run.fabric.global_rank == 0:
-        save_checkpoint(checkpoint_path(run.run_dir), _payload(run, counter, tally))
+        save_checkpoint(checkpoint_path(run.run_dir), _payload(run, processes))
         write_log(run)
     run.fabric.barrier()
 
@@ -197,7 +202,18 @@ def write_log(run: RunState) -> None:
     write_text(run.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
 
 
-def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> dict[str, Any]:
+def _own(run: RunState) -> dict[str, Any]:
+    """What each process has by itself: its running statistics, counts and random numbers."""
+    source = run.confusion_source
+    return {
+        "buffers": {name: buffer.cpu() for name, buffer in run.state.model.named_buffers()},
+        "counter": None if source is None else source.counter.table.value.cpu(),
+        "tally": run.tally.state_dict(),
+        "random": random_state(),
+    }
+
+
+def _payload(run: RunState, processes: list[dict[str, Any]]) -> dict[str, Any]:
     confusion = run.confusion
     return {
         "stage_index": run.stage_index,
@@ -209,18 +225,17 @@ def _payload(run: RunState, counter: Tensor | None, tally: dict[str, Any]) -> di
         "confusion": None
         if confusion is None
         else {"matrix": confusion.matrix.cpu(), "origin": vars(confusion.origin).copy()},
-        "counter": counter,
-        "tally": tally,
+        "processes": processes,
         "history": run.history,
         "best": run.best,
-        "random": random_state(),
     }
 
 
 def restore(run: RunState, payload: dict[str, Any]) -> None:
     """Put a run where its checkpoint left off."""
+    own = payload["processes"][run.fabric.global_rank]
     try:
-        run.state.model.load_state_dict(payload["model"])
+        run.state.model.load_state_dict({**payload["model"], **own["buffers"]})
         run.optimizer.load_state_dict(payload["optimizer"])
         run.fabric.strategy.precision.load_state_dict(payload["precision"])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -230,16 +245,16 @@ def restore(run: RunState, payload: dict[str, Any]) -> None:
         ) from error
     run.epoch, run.step = payload["epoch"], payload["step"]
     run.history, run.best = payload["history"], payload["best"]
+    run.tally.load_state_dict(own["tally"])
     if run.fabric.global_rank == 0:
-        run.tally.load_state_dict(payload["tally"])
         write_log(run)  # a process killed between the two files left this one a line short
     saved = payload["confusion"]
     run.confusion = (
         None if saved is None else Confusion(saved["matrix"].to(run.fabric.device), ConfusionOrigin(**saved["origin"]))
     )
-    if run.confusion_source is not None and payload["counter"] is not None and run.fabric.global_rank == 0:
-        run.confusion_source.counter.table.value = payload["counter"]
-    restore_random_state(payload["random"])
+    if run.confusion_source is not None and own["counter"] is not None:
+        run.confusion_source.counter.table.value = own["counter"]
+    restore_random_state(own["random"])
 
 
 def _class_weight(run: RunState) -> Tensor | None:

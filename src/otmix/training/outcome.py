@@ -13,6 +13,7 @@ from otmix.reports.page import write_page
 from otmix.training.confusion_source import as_items
 from otmix.training.loop import RunState
 from otmix.training.pictures import draw_pictures
+from otmix.training.processes import summed
 from otmix.training.records import environment
 from otmix.training.setup import Plan, split_of
 from otmix.training.watching import evaluate, save_weights
@@ -30,11 +31,12 @@ def finish(run: RunState, plan: Plan) -> None:
     source = split_of(dataset, config.final_split)
     store = open_store(source, dataset, run.fabric.device, train=False, workers=config.workers)
     evaluation, probabilities = evaluate(run, plan, store, as_items(source.labels))
+    pairs = {by: table.gathered(summed(run.fabric)) for by, table in run.tally.pairs.items()}
     if run.fabric.global_rank != 0:
         run.fabric.barrier()
         return
     save_weights(run, "model.safetensors")
-    _save_arrays(run, source.labels, probabilities)
+    _save_arrays(run, source.labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
     result = {
@@ -65,12 +67,12 @@ def finish(run: RunState, plan: Plan) -> None:
     run.fabric.barrier()
 
 
-def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor) -> None:
+def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor, pairs: dict[str, Tensor]) -> None:
     arrays: dict[str, Any] = {
         "index": np.arange(len(labels)),
         "labels": labels.cpu().numpy(),
         "probabilities": probabilities.half().numpy(),
     }
     write_atomic(run.run_dir / "predictions.npz", lambda stream: np.savez_compressed(stream, **arrays))
-    pairs: dict[str, Any] = {by: table.value.to_dense().cpu().long().numpy() for by, table in run.tally.pairs.items()}
-    write_atomic(run.run_dir / "pairs.npz", lambda stream: np.savez_compressed(stream, **pairs))
+    tables: dict[str, Any] = {by: table.to_dense().cpu().long().numpy() for by, table in pairs.items()}
+    write_atomic(run.run_dir / "pairs.npz", lambda stream: np.savez_compressed(stream, **tables))

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -30,17 +30,41 @@ def summed(fabric: Fabric) -> Callable[[Tensor], Tensor] | None:
     return add_up
 
 
+def largest(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """The largest value among all processes, element by element."""
+    if fabric.world_size == 1:
+        return tensor
+    result = fabric.all_reduce(tensor.clone(), reduce_op="max")
+    assert isinstance(result, Tensor)
+    return result
+
+
+def of_each(fabric: Fabric, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `value` of each process, by rank; tensors on the CPU."""
+    values: list[Any] = [value] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def share_buffers(fabric: Fabric, model: nn.Module) -> None:
+    """Give all processes rank 0's buffers, as DistributedDataParallel does before each training step: since then each
+    has seen other images, so their running statistics differ.
+    """
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
 def gather_interleaved(fabric: Fabric, rows: Tensor, total: int) -> Tensor:
-    """Rows that rank r computed for places r, r + world, r + 2·world, … of `total`, put together in order on every
-    process.
+    """Rows that rank r computed for places r, r + world, r + 2·world, …, put together in order on every process; each
+    must have equally many, and what is past `total` is dropped.
     """
     if fabric.world_size == 1:
         return rows
-    longest = -(-total // fabric.world_size)
-    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=fabric.device)
-    padded[: rows.shape[0]] = rows.to(fabric.device)
-    parts = [torch.empty_like(padded) for _ in range(fabric.world_size)]
-    torch.distributed.all_gather(parts, padded)  # Fabric's own gathers by a deprecated function
+    mine = rows.to(fabric.device)
+    parts = [torch.empty_like(mine) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(parts, mine)  # Fabric's own gathers by a deprecated function
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
 
 
@@ -61,9 +85,7 @@ class StopRequest:
         """Whether any process was asked to stop: then all do, here. All must call this at the same place."""
         if fabric.world_size == 1:
             return self.requested
-        flag = fabric.all_reduce(torch.tensor(float(self.requested), device=fabric.device), reduce_op="max")
-        assert isinstance(flag, Tensor)
-        return bool(flag > 0)
+        return bool(largest(fabric, torch.tensor(float(self.requested), device=fabric.device)) > 0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -69,13 +69,13 @@ class Tally:
             "transport_steps": sums[TRANSPORT_STEPS],
         }
 
-    def state_dict(self, add_up: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "sums": (add_up(self.sums.clone()) if add_up else self.sums).cpu(),
+            "sums": self.sums.cpu(),
             "marginal_error": self.marginal_error.cpu(),
             "bad_step": self.bad_step.cpu(),
             "seconds": self.seconds,
-            "pairs": {by: table.gathered(add_up).cpu() for by, table in self.pairs.items()},
+            "pairs": {by: table.value.cpu() for by, table in self.pairs.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

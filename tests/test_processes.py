@@ -1,0 +1,275 @@
+"""Two processes: the data of one, each image judged once, one F, one model; errors and stops come through."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from otmix.confusion import ConfusionCounter
+from otmix.data import open_store
+from otmix.losses import CrossEntropy
+from otmix.randomness import Moment
+from otmix.sampling import BackgroundStream, ForegroundStream, inverse_frequency
+from otmix.training import open_run
+from otmix.training.setup import load_data
+from otmix.types import Items
+from run_server import Outcome, Server
+from test_resume import assert_same, configuration, place, rows
+
+WORLD = 2
+
+
+def record(folder: str) -> None:
+    """Let each process of a run write down what it saw and what it became. (In the child; see `run_server`.)"""
+    import otmix.training.run as run
+    from otmix.data.stores import ResidentStore
+    from otmix.training.confusion_source import ConfusionSource
+
+    fetch, estimate, finish, count = ResidentStore.fetch, ConfusionSource.estimate, run.finish, ConfusionCounter.add
+    seen: dict[str, list[Any]] = {"fetched": [], "counted": [], "confusions": [], "weights": []}
+    counts: list[Any] = []
+
+    def fetched(self: ResidentStore, items: Items, seed: int | None) -> Any:
+        if seed is not None:  # training
+            assert items.index is not None
+            seen["fetched"].append(items.index.clone())
+        return fetch(self, items, seed)
+
+    def counted(self: ConfusionCounter, labels: torch.Tensor, log_probabilities: torch.Tensor) -> None:
+        counts.append((labels.clone(), log_probabilities.clone()))
+        count(self, labels, log_probabilities)
+
+    def estimated(self: ConfusionSource, *arguments: Any) -> Any:
+        found = estimate(self, *arguments)
+        seen["counted"].append(counts.copy())
+        counts.clear()
+        seen["confusions"].append(None if found is None else found.matrix.clone())
+        return found
+
+    def finished(state: Any, plan: Any) -> None:
+        finish(state, plan)
+        seen["weights"].append(dict(state.state.model.state_dict()))
+        with (Path(folder) / f"rank{state.fabric.global_rank}.pt").open("wb") as stream:
+            torch.save(seen, stream)
+
+    ResidentStore.fetch, ConfusionCounter.add = fetched, counted  # type: ignore[method-assign]
+    ConfusionSource.estimate, run.finish = estimated, finished  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    run_dir: Path
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def recorded(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Recorded]:
+    """A run of two processes, made once."""
+    base, made = tmp_path_factory.mktemp("recorded"), {}
+
+    def make(name: str) -> Recorded:
+        if name not in made:
+            (base / name).mkdir(exist_ok=True)
+            config = configuration(name, base / name / "run", devices=WORLD)
+            outcome = server.run(config, prepare=f"test_processes record {base / name}")
+            assert outcome.kind == "done", outcome.text
+            ranks = [torch.load(base / name / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
+            made[name] = Recorded(base / name / "run", ranks)
+        return made[name]
+
+    return make
+
+
+def test_both_end_with_the_same_weights(recorded: Callable[[str], Recorded]) -> None:
+    for name in ("streamed", "official", "reweighted"):
+        run = recorded(name)
+        first, second = (rank["weights"][0] for rank in run.ranks)
+        different = [key for key in first if not torch.equal(first[key], second[key])]
+        assert not different, name
+
+
+@pytest.mark.parametrize("name", ["streamed", "official", "reweighted"])
+def test_each_image_is_judged_once_by_the_model_that_is_kept(name: str, recorded: Callable[[str], Recorded]) -> None:
+    run = open_run(recorded(name).run_dir)
+    dataset = load_data(run.config)
+    with np.load(run.run_dir / "predictions.npz") as found:
+        index, labels, probabilities = found["index"], found["labels"], found["probabilities"]
+    assert dataset.test is not None
+    assert index.tolist() == list(range(len(dataset.test)))
+    assert len(dataset.test) % WORLD == 1, "an odd number is the harder case"
+    assert labels.tolist() == dataset.test.labels.tolist()
+    store = open_store(dataset.test, dataset, "cpu", train=False)
+    images = store.fetch(Items(dataset.test.labels, torch.arange(len(dataset.test))), None).images
+    with torch.no_grad():
+        expected = CrossEntropy(run.counts).probabilities(run.model(images))
+    np.testing.assert_allclose(probabilities, expected.numpy(), atol=2e-3)
+    assert run.result["evaluation"]["n"] == len(dataset.test)
+    wrong = (expected.argmax(1) != dataset.test.labels).double().mean()
+    assert run.result["evaluation"]["top1_error"] == pytest.approx(float(wrong), abs=2 / len(dataset.test))
+
+
+def test_two_processes_see_what_one_sees(recorded: Callable[[str], Recorded]) -> None:
+    run = recorded("reweighted")  # every batch is mixed
+    dataset = load_data(open_run(run.run_dir).config)
+    labels = dataset.train.labels
+    backgrounds = BackgroundStream(labels, 32)
+    foregrounds = ForegroundStream(labels, inverse_frequency(dataset.counts))
+    fetched = [iter(rank["fetched"]) for rank in run.ranks]
+    for epoch in range(4):
+        for step, batch in enumerate(backgrounds.epoch(Moment(0, 0, epoch, 4))):
+            n = len(batch)
+            foreground = foregrounds.step(n + n % WORLD, Moment(0, 0, epoch, 4, step))
+            for expected in (batch, foreground):
+                parts = [next(one) for one in fetched]
+                together = torch.stack(parts, dim=1).flatten()
+                assert together[:n].tolist() == expected.index[:n].tolist()
+                assert len(together) == n + n % WORLD
+    assert all(next(one, None) is None for one in fetched)
+
+
+@pytest.mark.parametrize("name", ["streamed", "official", "reweighted"])
+def test_f_is_estimated_from_all_processes(name: str, recorded: Callable[[str], Recorded]) -> None:
+    run = recorded(name)
+    table = torch.zeros(10, 10, dtype=torch.float64)
+    estimated = 0
+    for epoch in range(3):  # after the last one there is no use for it
+        table *= 0.9 if name == "streamed" else 0.0
+        judged = [one for rank in run.ranks for one in rank["counted"][epoch]]
+        for labels, said in judged:
+            hard = torch.nn.functional.one_hot(said.argmax(1), 10)
+            table.index_add_(0, labels, (said.exp() if name == "streamed" else hard).double())
+        first, second = (rank["confusions"][epoch] for rank in run.ranks)
+        if not judged:
+            assert first is None
+            assert second is None
+            continue
+        estimated += 1
+        assert torch.equal(first, second)
+        expected = table / table.sum(1, keepdim=True).clamp_min(1e-30)
+        torch.testing.assert_close(first.double(), expected, atol=1e-5, rtol=0)
+        if name != "streamed":
+            dataset = load_data(open_run(run.run_dir).config)
+            held_out = dataset.test if name == "official" else dataset.validation
+            assert held_out is not None
+            assert sum(len(labels) for labels, _ in judged) == len(held_out), "each image once"
+    assert estimated >= 2
+    assert len(run.ranks[0]["confusions"]) == 3
+
+
+@pytest.mark.parametrize("name", ["streamed", "reweighted"])
+def test_the_log_counts_all_processes(name: str, recorded: Callable[[str], Recorded]) -> None:
+    run = recorded(name)
+    logged = rows(run.run_dir)
+    assert [row["epoch"] for row in logged] == [0, 1, 2, 3]
+    trained = 132  # 131 images, and one again so that both have equally many
+    with np.load(run.run_dir / "pairs.npz") as pairs:
+        by = {key: int(pairs[key].sum()) for key in pairs.files}
+    assert by["transport"] == round(sum(row["transport_share"] for row in logged) * trained)
+    assert by["index"] + by["transport"] == round(sum(row["mixed_share"] for row in logged) * trained)
+
+
+@pytest.mark.parametrize("name", ["streamed", "official"])
+@pytest.mark.parametrize(("event", "count"), [("step", 8), ("epoch", 2), ("before metrics.jsonl", 3)])
+def test_a_stop_is_agreed_on_and_resumed(
+    name: str, event: str, count: int, server: Server, recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
+    config = configuration(name, tmp_path / "run", devices=WORLD)
+    outcome = server.run(config, event=event, count=count, signal=signal.SIGTERM)
+    assert outcome == Outcome("Interrupted", f"stopped; the run is saved in {tmp_path / 'run'}")
+    assert (0, 0) < place(tmp_path / "run") <= (3, 0)
+    assert server.run(config).kind == "done"
+    assert_same(tmp_path / "run", recorded(name).run_dir)
+
+
+@pytest.mark.parametrize(("event", "count"), [("inside checkpoint.pt", 2), ("after checkpoint.pt", 3), ("step", 13)])
+def test_killed_and_resumed(
+    event: str, count: int, server: Server, recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
+    """The processes die by themselves; the one that started them tells."""
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome = server.run(config, event=event, count=count)
+    assert outcome.kind == "ProcessExitedException"
+    assert server.run(config).kind == "done"
+    assert_same(tmp_path / "run", recorded("streamed").run_dir)
+
+
+def test_started_as_a_user_starts_it(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
+    """Fresh processes, one of which starts the others, end where the forked ones of these tests do."""
+    config = {**configuration("streamed", tmp_path / "run", devices=WORLD)}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from otmix.config import RunConfig\n"
+        "from otmix.training import train\n"
+        "if __name__ == '__main__':\n"
+        f"    train(RunConfig.from_dict({config!r}))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, capture_output=True)
+    assert rows(tmp_path / "run") == rows(recorded("streamed").run_dir)
+    weights = [run / "model.safetensors" for run in (tmp_path / "run", recorded("streamed").run_dir)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_an_error_of_all_processes_arrives_as_one_sentence(server: Server, tmp_path: Path) -> None:
+    config = configuration("streamed", tmp_path / "run", devices=WORLD, final_split="validation")
+    outcome = server.run(config)
+    assert outcome.kind == "UserError"
+    assert "--validation-per-class" in outcome.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_stops_the_others(server: Server, tmp_path: Path) -> None:
+    """Each process reads its own images from the disk here; the second one meets a broken file."""
+    for split, n in (("train", 8), ("test", 3)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (70, 70, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    broken = tmp_path / "data" / "train" / "a" / "3.png"
+    config = {
+        "data": "folder",
+        "root": str(tmp_path / "data"),
+        "image_size": 66,
+        "backbone": "resnet8",
+        "method": "erm",
+        "epochs": 2,
+        "batch_size": 8,
+        "accelerator": "cpu",
+        "workers": 0,
+        "devices": WORLD,
+        "out": str(tmp_path / "run"),
+    }
+    broken.write_bytes(broken.read_bytes()[:500])
+    outcome = server.run(config)
+    assert outcome.kind == "UserError", outcome.text
+    assert str(broken) in outcome.text
+
+
+def test_a_full_disk_stops_all(server: Server, tmp_path: Path) -> None:
+    """Only the first process writes."""
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome = server.run(config, prepare="test_bad_input fill_the_disk checkpoint.pt 2")
+    assert outcome.kind == "UserError", outcome.text
+    assert "disk is full" in outcome.text
+    assert place(tmp_path / "run") == (1, 0)
+    assert server.run(config).kind == "done"
+
+
+def test_a_loss_that_is_not_finite_stops_all(server: Server, tmp_path: Path) -> None:
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome = server.run(config, prepare="test_bad_input poison 8 1")
+    assert outcome.kind == "UserError", outcome.text
+    assert "step 2 of epoch 1 " in outcome.text
+    assert place(tmp_path / "run") == (1, 0)
