@@ -14,7 +14,7 @@ from run_server import Server
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """Runs `train` in children of a process that has imported everything already, and kills them where it is told to."""
+    """Runs `train` in children of a process that has imported everything, and kills them where it is told to."""
     folder = Path(tempfile.mkdtemp())
     server = Server(folder)
     yield server

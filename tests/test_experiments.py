@@ -51,7 +51,7 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
     names = ["ant", "bee"]
     write_json(
         run_dir / "data.json",
-        {"name": "images", "class_names": names, "counts": [100, 20], "splits": splits} | changed.pop("data", {}),
+        {"name": "digits", "class_names": names, "counts": [100, 20], "splits": splits} | changed.pop("data", {}),
     )
     where = {
         "python": "3.11",
@@ -528,7 +528,7 @@ def test_a_unit_is_named_after_what_was_run_and_says_where_it_came_from(tmp_path
     run_dir = finish_run(replace(config, out=str(tmp_path / "run")), 0.25)
     path = write_unit(run_dir, tmp_path / "results")
     name = path.relative_to(tmp_path / "results").as_posix()
-    assert re.fullmatch(r"units/images/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-seed4\.json", name)
+    assert re.fullmatch(r"units/digits/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-seed4\.json", name)
     unit = json.loads(path.read_text())
     assert str(tmp_path) not in path.read_text(), "a unit names no place on a machine"
     assert unit["commit"] == "abc123"
@@ -573,7 +573,12 @@ def test_a_jpeg_copy_of_cifar10_is_marked(tmp_path: Path) -> None:
     run_dir = finish_run(RunConfig(data="folder", root="data", epochs=1, out=str(tmp_path / "a")), 0.3, data=data)
     assert "/cifar-10-jpeg-copy/" in write_unit(run_dir, tmp_path).as_posix()
     assert "### CIFAR-10 (JPEG copy), imbalance 10," in results_table(read_units(tmp_path))
-    archive = finish_run(RunConfig(data="cifar10", epochs=1, out=str(tmp_path / "b")), 0.3, data=data)
+    # the same tree may also be named as the root of --data cifar10: then the loader's own mark counts
+    tree = {**data, "name": "CIFAR-10 (JPEG copy)"}
+    as_cifar = finish_run(RunConfig(data="cifar10", epochs=1, seed=2, out=str(tmp_path / "b")), 0.3, data=tree)
+    assert "/cifar-10-jpeg-copy/" in write_unit(as_cifar, tmp_path).as_posix()
+    original = {**data, "name": "CIFAR-10"}
+    archive = finish_run(RunConfig(data="cifar10", epochs=1, seed=1, out=str(tmp_path / "c")), 0.3, data=original)
     assert "/cifar-10/" in write_unit(archive, tmp_path).as_posix()
     assert results_table(read_units(tmp_path)).count("### ") == 2
 

@@ -147,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _data_title(config: RunConfig, data: dict[str, Any]) -> str:
-    """Archives under their own names. A folder with CIFAR-10's classes is taken for the JPEG copy of the archive: its
-    numbers never stand unmarked beside those of the original."""
-    if config.data != "folder":
-        return {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(config.data, config.data)
-    return "CIFAR-10 (JPEG copy)" if set(data["class_names"]) == _CIFAR10 else str(data["name"])
+    """The name that the loader recorded, which marks the JPEG copy of CIFAR-10. A folder with CIFAR-10's classes is
+    taken for that copy too: its numbers never stand unmarked beside those of the original.
+    """
+    copied = config.data == "folder" and set(data["class_names"]) == _CIFAR10
+    return "CIFAR-10 (JPEG copy)" if copied else str(data["name"])
 
 
 def _command(config: RunConfig) -> str:
