@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from otmix.data import open_store
+from otmix.errors import UserError
+from otmix.models import Classifier
 from otmix.randomness import derive_seed
 from otmix.sampling import BackgroundStream, ForegroundStream
 from otmix.training.launch import lightning_quietly
@@ -50,6 +53,9 @@ def build_run(
         return Output(*wrapped(images.contiguous(memory_format=torch.channels_last)))
 
     world = fabric.world_size
+    if (len(dataset.train) % stage.background_batch or stage.background_batch) <= world:
+        side = dataset.image_size
+        _try_one_image(model, torch.zeros(1, dataset.channels, side, side, device=fabric.device))
     source = build_confusion_source(plan, fabric, store)
     labels = dataset.train.labels
     foreground = (
@@ -85,3 +91,14 @@ def build_run(
         best=before.best if before is not None else None,
         confusion=before.confusion if before is not None else None,
     )
+
+
+def _try_one_image(model: Classifier, image: Tensor) -> None:
+    """Raises UserError, before the first epoch rather than at its end, when a model cannot be trained on one image."""
+    try:
+        copy.deepcopy(model).train()(image)
+    except ValueError as error:
+        raise UserError(
+            "an epoch would end with a batch of one image, in which BatchNorm finds a single value per channel; choose "
+            "another --batch-size, or a larger --image-size"
+        ) from error

@@ -148,7 +148,8 @@ def finish_epoch(run: RunState) -> None:
     share_buffers(run.fabric, run.state.model)  # what is judged below is the model that is kept
     check_finite(run)
     row: dict[str, Any] = {"stage": run.stage.name, "epoch": run.epoch}
-    row["lr"] = run.stage.optimizer.lr * run.stage.schedule.factor(run.epoch, run.stage.epochs)
+    steps = run.background.steps_per_epoch
+    row["lr"] = run.stage.optimizer.lr * run.stage.schedule.factor(run.epoch, run.stage.epochs, 0, steps)
     row |= run.tally.read(add_up)
     row["seconds"] = run.tally.seconds
     row["images_per_second"] = row.pop("images") / max(run.tally.seconds, 1e-9)

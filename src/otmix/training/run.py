@@ -81,8 +81,9 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         raise UserError(f"cannot write into {run_dir}: {error.strerror}; choose another folder with --out") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # not flock, which workers would inherit: they outlive a killed process by seconds
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"another process is training in {run_dir}; wait for it, or choose another folder"
             ) from error

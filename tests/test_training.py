@@ -1,0 +1,509 @@
+"""The training loop on tiny networks: what it draws, what it logs, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from otmix.config import RunConfig
+from otmix.data import ResidentStore, open_store
+from otmix.errors import UserError
+from otmix.evaluation import evaluate_predictions
+from otmix.losses import LOSSES, CrossEntropy
+from otmix.pairing import Curriculum, PairingContext
+from otmix.protocols import Overrides
+from otmix.randomness import Moment
+from otmix.sampling import BackgroundStream
+from otmix.training import Interrupted, Silent, open_run, train
+from otmix.training.build import build_run
+from otmix.training.checkpoint import load_checkpoint
+from otmix.training.launch import make_fabric
+from otmix.training.schedules import Schedule
+from otmix.training.setup import load_data, prepare
+from otmix.training.stage import StepItems
+from otmix.types import Items, Plan
+
+TINY = RunConfig(
+    data="digits",
+    max_per_class=40,  # 131 images, the rarest class with two
+    batch_size=32,
+    epochs=3,
+    accelerator="cpu",
+    set=Overrides(mix_from=0.0, mix_until=1.0),
+)
+IMAGES = 131
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr("otmix.training.outcome.draw_pictures", lambda run, plan: None)
+    monkeypatch.setattr("otmix.training.outcome.write_page", lambda run_dir: None)
+
+
+def log(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("protocol", ["clean", "paper", "official"])
+@pytest.mark.parametrize("method", ["erm", "cmo", "otmix", "drw", "drw+otmix"])
+def test_every_method_under_every_protocol(method: str, protocol: Any, tmp_path: Path) -> None:
+    run_dir = train(replace(TINY, method=method, protocol=protocol, out=str(tmp_path / "run")))
+    rows, result = log(run_dir), json.loads((run_dir / "result.json").read_text())
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(row["loss"]) and 0 <= row["train_error"] <= 1 for row in rows)
+    assert any(row["mixed_share"] > 0 for row in rows) == ("mo" in method or "otmix" in method)
+    assert any(row["transport_share"] > 0 for row in rows) == ("otmix" in method)
+    assert all((row["test_error"] is not None) == (protocol == "official") for row in rows)
+    assert result["looks_at_test"] == (protocol == "official")
+    assert result["protocol"] == protocol
+    assert result["evaluation"]["n"] == len(np.load(run_dir / "predictions.npz")["index"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_it_learns(tmp_path: Path) -> None:
+    config = replace(TINY, method="otmix", max_per_class=None, epochs=15, out=str(tmp_path / "run"))
+    result = open_run(train(config)).result
+    assert result["evaluation"]["top1_error"] < 0.5  # 0.9 is chance
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("method", ["erm", "otmix"])
+def test_the_seed_decides_and_nothing_else(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    once = train(replace(TINY, method=method, out=str(tmp_path / "once")))
+    torch.manual_seed(2)
+    torch.rand(17)
+    again = train(replace(TINY, method=method, out=str(tmp_path / "again"), checkpoint_minutes=0, workers=0))
+    other = train(replace(TINY, method=method, out=str(tmp_path / "other"), seed=1))
+    assert weights(once) == weights(again)
+    assert weights(once) != weights(other)
+    assert open_run(once).data == open_run(other).data
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_shares_are_those_of_the_schedules(tmp_path: Path) -> None:
+    """Which batches are mixed, and which by transport, is a function of the seed and the place: recomputed here."""
+    config = replace(
+        TINY,
+        epochs=8,
+        batch_size=16,
+        set=Overrides(mix_probability=0.6, mix_from=0.25, mix_until=0.875, curriculum_power=0.5, mix_fraction=0.5),
+        out=str(tmp_path / "run"),
+    )
+    run_dir = train(config)
+    plan = prepare(config, load_data(config))
+    mixer = plan.stages[0].mixer
+    assert mixer is not None
+    assert isinstance(mixer.pairing, Curriculum)
+    sizes = [16] * 8 + [3]
+    transported_in_all = mixed_in_all = 0
+    for row in log(run_dir):
+        mixed = transported = 0
+        for step, size in enumerate(sizes):
+            moment = Moment(0, 0, row["epoch"], 8, step)
+            here = round(0.5 * size) * mixer.schedule.mixes(moment)
+            mixed += here
+            transported += here * (mixer.pairing.choose(moment) is mixer.pairing.then)
+        assert row["mixed_share"] == pytest.approx(mixed / IMAGES)
+        assert row["transport_share"] == pytest.approx(transported / IMAGES)
+        assert (row["marginal_error"] is None) == (transported == 0)
+        assert (mixed > 0) == (2 <= row["epoch"] < 7)
+        mixed_in_all, transported_in_all = mixed_in_all + mixed, transported_in_all + transported
+    pairs = np.load(run_dir / "pairs.npz")
+    assert pairs["transport"].sum() == transported_in_all > 0
+    assert pairs["index"].sum() == mixed_in_all - transported_in_all > 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_transport_takes_over(tmp_path: Path) -> None:
+    config = replace(TINY, protocol="paper", set=Overrides(), epochs=20, backbone="resnet8", out=str(tmp_path / "run"))
+    rows = log(train(config))
+    assert all(row["mixed_share"] == 1.0 for row in rows)
+    early, late = (np.mean([row["transport_share"] for row in part]) for part in (rows[:10], rows[10:]))
+    assert late > early + 0.2
+    assert rows[-1]["transport_share"] == 1.0  # (t/T) is 1 in the last epoch
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"schedule": "steps", "epochs": 12, "lr": 0.2},
+            lambda e, s: 0.2 * (1 if e < 5 else 0.1 if e < 8 else 0.01 if e < 10 else 1e-4),
+        ),
+        (
+            {"schedule": "steps", "epochs": 12, "warmup": 0.25, "lr": 0.1},
+            lambda e, s: 0.1 * ((e + 1) / 3 if e < 3 else 1 if e < 5 else 0.1 if e < 8 else 0.01 if e < 10 else 1e-4),
+        ),
+        (
+            {"schedule": "cosine", "epochs": 4, "optimizer": "adamw", "lr": 0.01},
+            lambda e, s: 0.01 * 0.5 * (1 + math.cos(math.pi * (5 * e + s) / 20)),
+        ),
+        (
+            {"schedule": "cosine", "epochs": 4, "warmup": 0.25, "lr": 0.01},
+            lambda e, s: 0.01 * ((s + 1) / 6 if e == 0 else 0.5 * (1 + math.cos(math.pi * (5 * e + s - 5) / 15))),
+        ),
+    ],
+)
+def test_each_step_has_the_learning_rate_of_the_schedule(
+    settings: dict[str, Any],
+    expected: Callable[[int, int], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import otmix.training.build as build
+
+    used: list[list[float]] = []
+    build_optimizer = build.build_optimizer
+
+    def watched(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(*arguments)
+        optimizer.register_step_pre_hook(lambda o, *_: used.append([group["lr"] for group in o.param_groups]))
+        return optimizer
+
+    monkeypatch.setattr(build, "build_optimizer", watched)
+    config = replace(TINY, method="erm", out=str(tmp_path / "run"), **settings)
+    rows = log(train(config))
+    steps = [(e, s) for e in range(config.epochs or 0) for s in range(5)]
+    assert len(used) == len(steps)
+    for (epoch, step), rates in zip(steps, used):
+        assert rates == pytest.approx([expected(epoch, step)] * len(rates), rel=1e-9)
+    assert [row["lr"] for row in rows] == pytest.approx([expected(row["epoch"], 0) for row in rows])
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("method", ["erm", "otmix"])
+def test_a_last_batch_and_a_class_of_one_image(method: str, tmp_path: Path) -> None:
+    config = replace(TINY, method=method, imbalance=60.0, out=str(tmp_path / "run"))
+    plan = prepare(config, load_data(config))
+    assert int(plan.dataset.counts.counts.min()) == 1
+    config = replace(config, batch_size=(plan.dataset.counts.total - 1) // 3, protocol="paper")
+    assert BackgroundStream(plan.dataset.train.labels, config.batch_size or 0).steps_per_epoch == 4
+    assert plan.dataset.counts.total % (config.batch_size or 0) == 1
+    rows = log(train(config))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_best_epoch_on_the_test_set_is_the_result_of_official(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def factor(self: Schedule, epoch: int, epochs: int, step: int = 0, steps: int = 1) -> float:
+        return 1.0 if epoch + 1 < epochs else 100.0  # which ruins it
+
+    monkeypatch.setattr(Schedule, "factor", factor)
+    run_dir = train(replace(TINY, protocol="official", epochs=6, out=str(tmp_path / "run")))
+    errors = [row["test_error"] for row in log(run_dir)]
+    run = open_run(run_dir)
+    assert min(errors) < errors[-1], "the last epoch should not be the best one here"
+    assert run.result["headline_epoch"] == errors.index(min(errors))
+    assert run.result["evaluation"]["top1_error"] == pytest.approx(min(errors))
+    assert evaluated(run_dir) == pytest.approx(min(errors))
+
+
+def evaluated(run_dir: Path) -> float:
+    """The test error of the weights that a run left, computed anew."""
+    run = open_run(run_dir)
+    dataset = load_data(run.config)
+    assert dataset.test is not None
+    store = open_store(dataset.test, dataset, "cpu", train=False)
+    with torch.no_grad():
+        images = store.fetch(Items(dataset.test.labels, torch.arange(len(dataset.test))), None).images
+        probabilities = run.criterion.probabilities(run.model(images))
+    return evaluate_predictions(probabilities, dataset.test.labels, run.counts).top1_error
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_watched(tmp_path: Path) -> None:
+    probed = log(train(replace(TINY, method="erm", evaluate_every=2, out=str(tmp_path / "probed"))))
+    assert [row["probe_error"] is not None for row in probed] == [False, True, True]  # always after the last epoch
+    assert all(row["validation_error"] is None and row["test_error"] is None for row in probed)
+    config = replace(TINY, method="erm", validation_per_class=2, final_split="validation", out=str(tmp_path / "val"))
+    run_dir = train(config)
+    validated = log(run_dir)
+    assert all(row["probe_error"] is None and row["validation_error"] is not None for row in validated)
+    result = open_run(run_dir).result
+    assert result["split"] == "validation"
+    assert result["evaluation"]["n"] == 20
+    assert result["evaluation"]["top1_error"] == pytest.approx(validated[-1]["validation_error"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_test_images_decide_nothing_but_under_official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other test images, same weights."""
+    import otmix.training.setup as setup
+
+    once = train(replace(TINY, out=str(tmp_path / "once")))
+    load = setup.load_dataset
+
+    def other(*arguments: Any, **settings: Any) -> Any:
+        dataset = load(*arguments, **settings)
+        return replace(dataset, test=dataset.train.select(torch.arange(50)))
+
+    monkeypatch.setattr(setup, "load_dataset", other)
+    again = train(replace(TINY, out=str(tmp_path / "again")))
+    assert open_run(again).result["evaluation"]["n"] == 50
+    assert weights(once) == weights(again)
+
+
+def test_the_run_directory_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTMIX_RUNS", str(tmp_path))
+    run_dir = train(TINY)
+    assert run_dir.parent == tmp_path
+    assert run_dir.name.startswith("digits-ce+otmix-clean-seed0-")
+    files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    assert files - {".lock"} == {
+        "checkpoint.pt",
+        "config.yaml",
+        "data.json",
+        "environment.json",
+        "figures/mixed.png",
+        "figures/plan.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "pairs.npz",
+        "predictions.npz",
+        "report.html",
+        "result.json",
+    }
+    for name in ("mixed.png", "plan.png"):
+        with Image.open(run_dir / "figures" / name) as picture:
+            assert min(picture.size) > 200
+    with np.load(run_dir / "predictions.npz") as found:
+        assert found["probabilities"].dtype == np.float16
+        assert found["probabilities"].shape == (len(found["index"]), 10)
+        np.testing.assert_allclose(found["probabilities"].sum(1), 1, atol=5e-3)
+        error = float((found["probabilities"].argmax(1) != found["labels"]).mean())
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["evaluation"]["top1_error"] == pytest.approx(error, abs=0.005)  # float16 makes ties
+    assert result["hash"] == open_run(run_dir).config.hash
+    text = "".join((run_dir / name).read_text() for name in ("environment.json", "data.json", "result.json"))
+    assert str(Path.home()) not in text
+    assert os.uname().nodename not in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("method", ["erm", "otmix"])
+def test_bfloat16(method: str, tmp_path: Path) -> None:
+    config = replace(TINY, method=method, out=str(tmp_path / "bf16"))
+    run_dir = train(replace(config, precision="bf16-mixed"))
+    exact = train(replace(config, out=str(tmp_path / "32")))
+    assert weights(run_dir) != weights(exact)
+    assert all(value.dtype != torch.bfloat16 for value in open_run(run_dir).model.state_dict().values())
+    assert log(run_dir)[0]["loss"] == pytest.approx(log(exact)[0]["loss"], rel=0.1)
+
+
+class Noisy(CrossEntropy):
+    """Draws from torch's own generator in each step, as dropout does."""
+
+    def per_label(self, output: Any, labels: Tensor, progress: float) -> Tensor:
+        return super().per_label(output, labels, progress) * (0.5 + torch.rand(len(labels)))
+
+
+class StopsOnce(Silent):
+    """Presses Ctrl-C after the first epoch."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if row["epoch"] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_torchs_own_random_numbers_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "noisy", Noisy)
+    config = replace(TINY, method="noisy", out=str(tmp_path / "whole"))
+    whole = train(config)
+    stopped = replace(config, out=str(tmp_path / "stopped"), resume=True)
+    with pytest.raises(Interrupted) as caught:
+        train(stopped, StopsOnce())
+    assert caught.value.run_dir == tmp_path / "stopped"
+    assert weights(train(stopped)) == weights(whole)
+    monkeypatch.setitem(LOSSES, "noisy", CrossEntropy)
+    assert weights(train(replace(config, out=str(tmp_path / "quiet")))) != weights(whole)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otmix.training.loop.SHOW_EVERY_SECONDS", 0.0)
+    told: list[tuple[str, Any]] = []
+
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: told.append((name, arguments))
+
+    run_dir = train(replace(TINY, out=str(tmp_path / "run")), Listener())  # type: ignore[arg-type]
+    story = [name for name, _ in told if name != "loading"]
+    assert story == ["start", *(["step"] * 5 + ["epoch"]) * 3, "finish", "close"]
+    assert [arguments[0] for name, arguments in told if name == "epoch"] == log(run_dir)
+    steps = [arguments[0] for name, arguments in told if name == "step"]
+    places = [(step.epoch, step.step, step.steps) for step in steps]
+    assert places == [(epoch, step + 1, 5) for epoch in range(3) for step in range(5)]
+    info = next(arguments[0] for name, arguments in told if name == "start")
+    assert (info.images, info.classes, info.epochs, info.steps_per_epoch) == (IMAGES, 10, 3, 5)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("rest", [1, 2])
+def test_a_last_batch_too_small_for_batchnorm(rest: int, tmp_path: Path) -> None:
+    """At 32 pixels timm's ResNets end in a single pixel: over one image there is no variance."""
+    for split, n in (("train", 8), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n + rest * (split == "train" and name == "a")):
+                pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    config = RunConfig(
+        data="folder",
+        root=str(tmp_path / "data"),
+        backbone="timm/resnet10t",
+        pretrained=False,
+        method="erm",
+        epochs=1,
+        batch_size=8,
+        accelerator="cpu",
+        out=str(tmp_path / "run"),
+    )
+    if rest == 1:
+        with pytest.raises(UserError, match="--batch-size"):
+            train(config)
+    else:
+        assert (train(config) / "result.json").exists()
+
+
+# --- a step that never waits for the device ---
+
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "item"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Notices when Python reads a value that was computed from tensors of the "device": on a GPU that waits for it.
+
+    Other tensors, such as numbers drawn on the CPU, may be read.
+    """
+
+    def __init__(self, device: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = list(device)  # held, so that no storage is given away to another tensor meanwhile
+        self.there = {tensor.untyped_storage()._cdata for tensor in device}
+        self.waited: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tainted = any(tensor.untyped_storage()._cdata in self.there for tensor in inputs)
+        name = function._schema.name.split("::")[1]
+        if tainted and name in WAITING:
+            self.waited.append(name)
+        result = function(*args, **(kwargs or {}))
+        if tainted:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self.kept.append(tensor)
+                    self.there.add(tensor.untyped_storage()._cdata)
+        return result
+
+
+def steps(config: RunConfig) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
+    """For each step of a last epoch: the tensors that are on the device before it, and all that the loop does in it."""
+    dataset = load_data(config)
+    plan = prepare(config, dataset)
+    run = build_run(make_fabric(config), Path("nowhere"), plan, Silent())
+    run.epoch = run.stage.epochs - 1
+    assert isinstance(run.store, ResidentStore)
+    assert run.foreground is not None
+    state = replace(run.state, class_weight=torch.ones(10, device=run.fabric.device))
+    for step, items in enumerate(run.background.epoch(run.moment(0))):
+        moment = run.moment(step)
+        drawn = run.foreground.step(len(items), moment)
+
+        def whole(items: Items = items, drawn: Items = drawn, moment: Moment = moment) -> None:
+            background = run.store.fetch(items, moment.seed_for("augment-background"))
+            foreground = run.store.fetch(drawn, moment.seed_for("augment-foreground"))
+            parts = run.stage.step(state, StepItems(background, foreground), PairingContext(moment, run.confusion))
+            run.optimizer.zero_grad(set_to_none=True)
+            run.fabric.backward(parts.loss)
+            run.optimizer.step()
+            run.tally.add(parts, moment.step)
+
+        there = [*plan.model.state_dict().values(), run.store.images, state.class_weight]
+        there += [*(table.value for table in run.tally.pairs.values()), run.tally.sums, run.tally.bad_step]
+        yield there, whole
+
+
+@pytest.mark.parametrize("protocol", ["clean", "paper", "official"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_never_waits_for_the_device(protocol: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = 0
+
+    def solve(cost: Tensor, **_: Any) -> Plan:
+        """The real one has a path of its own for CPUs; its path for GPUs is for the next test."""
+        nonlocal solved
+        solved += 1
+        plan = (-cost).softmax(1) / cost.shape[0]
+        return Plan(plan, plan.sum(1), plan.sum(0), plan.sum(), plan.sum(), plan.sum() > 0)
+
+    monkeypatch.setattr("otmix.pairing.sinkhorn", solve)
+    for there, step in steps(replace(TINY, method="drw+otmix", protocol=protocol, optimizer=optimizer)):
+        with NoWaiting(there) as mode:
+            step()
+        assert not mode.waited
+    assert solved > 0
+
+
+def test_the_watcher_notices_waiting() -> None:
+    there, elsewhere = torch.ones(3), torch.ones(3)
+    with NoWaiting([there]) as mode:
+        float(elsewhere.sum())
+        assert not mode.waited
+        if (there * 2 + elsewhere).sum() > 0:
+            assert len(mode.waited) == 1
+        assert torch.nonzero(there).shape[0] == 3
+    assert len(mode.waited) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", ["clean", "paper", "official"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_never_waits_for_a_real_device(protocol: Any, precision: Any) -> None:
+    config = replace(TINY, method="drw+otmix", protocol=protocol, precision=precision, accelerator="cuda")
+    for number, (_, step) in enumerate(steps(config)):
+        if number == 0:
+            step()  # the first one makes the optimiser's state and loads kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["erm", "otmix"])
+def test_compiled(method: str, tmp_path: Path) -> None:
+    config = replace(TINY, method=method, epochs=2, out=str(tmp_path / "compiled"))
+    compiled = train(replace(config, compile=True))
+    plain = train(replace(config, out=str(tmp_path / "plain")))
+    assert log(compiled)[0]["loss"] == pytest.approx(log(plain)[0]["loss"], rel=1e-2)
+    state, other = (open_run(run_dir).model.state_dict() for run_dir in (compiled, plain))
+    assert state.keys() == other.keys()
+    checkpoint = load_checkpoint(compiled / "checkpoint.pt")
+    assert checkpoint["model"].keys() == other.keys(), "a compiled run can be gone on with by any other program"
