@@ -25,6 +25,46 @@ class Part:
 
 LOSS_PARTS: dict[str, Part] = {
     "ce": Part("ERM", "empirical risk minimisation with cross-entropy", "nothing: the plain baseline"),
+    "ldam": Part(
+        "LDAM",
+        "Cao et al., NeurIPS 2019",
+        "a margin of .5 (n/n_min)^(-1/4) on the true class, and a normed head with scale 30 (LDAM's code has the scale "
+        "in the loss: the same numbers)",
+    ),
+    "focal": Part(
+        "Focal",
+        "Lin et al., ICCV 2017",
+        "cross-entropy times 1 - p of the true class (softmax form, gamma 1, as in LDAM's code); the released "
+        "code of OTmix multiplies by 10, we do not",
+    ),
+    "cb-softmax": Part(
+        "CB Softmax",
+        "Cui et al., CVPR 2019",
+        "cross-entropy with effective-number class weights (beta .9999) from the first epoch; with -drw they are "
+        "squared later",
+    ),
+    "cb-sigmoid": Part(
+        "CB Sigmoid",
+        "Cui et al., CVPR 2019",
+        "binary cross-entropies summed over the classes, with the weights of cb-softmax; the head's bias begins at "
+        "-log(K-1) and is not decayed",
+    ),
+    "cb-focal": Part(
+        "CB Focal",
+        "Cui et al., CVPR 2019",
+        "cb-sigmoid with each binary term times 1 - p of its truth (gamma 1; the sigmoid form, unlike focal)",
+    ),
+    "balanced-softmax": Part(
+        "BALMS",
+        "Ren et al., NeurIPS 2020",
+        "cross-entropy of z + log n in training, plain z at test; the loss alone, without the meta sampler, as in the "
+        "released codes of CMO and OTmix",
+    ),
+    "logit-adjustment": Part(
+        "Logit Adjustment",
+        "Menon et al., ICLR 2021",
+        "cross-entropy of z + tau log(n/N) in training, plain z at test; with tau 1, the default, balanced softmax",
+    ),
 }
 DRW = Part(
     "DRW",
@@ -39,7 +79,15 @@ MIXER_PARTS: dict[str, Part] = {
         "pastes rare-class foregrounds into the backgrounds that optimal transport chooses",
     ),
 }
-ALIASES: dict[str, str] = {"erm": "ce", "drw": "ce-drw", "erm-drw": "ce-drw", "cmo": "ce+cmo", "otmix": "ce+otmix"}
+ALIASES: dict[str, str] = {
+    "erm": "ce",
+    "drw": "ce-drw",
+    "erm-drw": "ce-drw",
+    "cmo": "ce+cmo",
+    "otmix": "ce+otmix",
+    "balms": "balanced-softmax",
+    "balms-drw": "balanced-softmax-drw",
+}
 
 # which settings of a protocol a mixer reads: the rest cannot change its result, so they are neither listed nor accepted
 # for it

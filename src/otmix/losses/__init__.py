@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from otmix.losses.balanced_softmax import BalancedSoftmax
 from otmix.losses.base import Criterion, Head, Reduction
+from otmix.losses.class_balanced import ClassBalancedFocal, ClassBalancedSigmoid, ClassBalancedSoftmax
 from otmix.losses.cross_entropy import CrossEntropy
+from otmix.losses.focal import Focal
+from otmix.losses.ldam import LDAM
+from otmix.losses.logit_adjustment import LogitAdjustment
 from otmix.losses.reweighting import DeferredReweighting, effective_number_weights
 
-LOSSES: dict[str, type[Criterion]] = {"ce": CrossEntropy}
+LOSSES: dict[str, type[Criterion]] = {
+    "ce": CrossEntropy,
+    "ldam": LDAM,
+    "focal": Focal,
+    "cb-softmax": ClassBalancedSoftmax,
+    "cb-sigmoid": ClassBalancedSigmoid,
+    "cb-focal": ClassBalancedFocal,
+    "balanced-softmax": BalancedSoftmax,
+    "logit-adjustment": LogitAdjustment,
+}
 
 _C = TypeVar("_C", bound=type[Criterion])
 
@@ -27,11 +41,18 @@ def register_loss(name: str) -> Callable[[_C], _C]:
 
 
 __all__ = [
+    "LDAM",
     "LOSSES",
+    "BalancedSoftmax",
+    "ClassBalancedFocal",
+    "ClassBalancedSigmoid",
+    "ClassBalancedSoftmax",
     "Criterion",
     "CrossEntropy",
     "DeferredReweighting",
+    "Focal",
     "Head",
+    "LogitAdjustment",
     "Reduction",
     "effective_number_weights",
     "register_loss",
