@@ -1,4 +1,5 @@
-"""Forward and backward of each loss alone, against `F.cross_entropy` (target: at most 3 ×), and the memory they need.
+"""Forward and backward of each loss alone, against `F.cross_entropy` (target: at most 3 ×; ib and lade, which also read
+features or the whole batch, 6 ×), and the memory they need.
 
     python benchmarks/losses.py [--device cuda] [--rounds 9] [--only NAME …] [--json FILE]
 
@@ -31,9 +32,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from otmix.losses import LOSSES, Criterion
-from otmix.types import ClassCounts, Output
+from otmix.types import ClassCounts, Output, Target
 
 SIZES = ((128, 10), (128, 100), (512, 8142))
+FEATURES = 64
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -45,8 +47,14 @@ def theirs(logits: Tensor, labels: Tensor) -> None:
     F.cross_entropy(logits, labels).backward()
 
 
-def ours(criterion: Criterion, logits: Tensor, labels: Tensor) -> None:
-    criterion.per_label(Output(logits), labels, 0.0).mean().backward()
+def ours(criterion: Criterion, output: Output, labels: Tensor) -> None:
+    """Late in a run, where every part of a loss is at work; of a whole batch where it is not a sum over images."""
+    if output.features is not None:
+        output.features.grad = None
+    if type(criterion).forward is Criterion.forward:
+        criterion.per_label(output, labels, 0.9).mean().backward()
+    else:
+        criterion(output, Target.hard(labels), progress=0.9).backward()
 
 
 def seconds(call: Callable[[], None], logits: Tensor, calls: int) -> float:
@@ -89,9 +97,12 @@ def measure(size: tuple[int, int], names: list[str], args: argparse.Namespace) -
     draw = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(images, classes, generator=draw)).to(args.device).requires_grad_()
     labels = torch.randint(classes, (images,), generator=draw).to(args.device)
+    features = torch.rand(images, FEATURES, generator=draw).to(args.device).requires_grad_()
     # a long tail from 1000 to 2 images
     counts = ClassCounts((1000 * torch.logspace(0, -2.7, classes)).long().clamp_min(1))
-    calls = {name: partial(ours, LOSSES[name](counts).to(args.device), logits, labels) for name in names}
+    calls = {
+        name: partial(ours, LOSSES[name](counts).to(args.device), Output(logits, features), labels) for name in names
+    }
     baseline = partial(theirs, logits, labels)
     for call in (baseline, *calls.values()):
         seconds(call, logits, 2)

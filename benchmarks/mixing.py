@@ -1,4 +1,5 @@
-"""Draw and apply each mixer on 128 × 3 × 32 × 32 images, against torchvision's CutMix and MixUp (target: at most 1 ×).
+"""Draw and apply each mixer on 128 × 3 × 32 × 32 images, against torchvision's CutMix and MixUp (target: at most 1 ×,
+SaliencyMix 5 × CutMix).
 
     python benchmarks/mixing.py [--device cuda] [--rounds 15] [--json FILE]
 
@@ -27,8 +28,8 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from otmix.mixing import CutMix, Mixer, Mixup
-from otmix.types import Batch, Items
+from otmix.mixing import CutMix, Mixer, Mixup, Remix, SaliencyMix, UniMix
+from otmix.types import Batch, ClassCounts, Items
 
 BATCH, CLASSES, HEIGHT, WIDTH = 128, 10, 32, 32
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
@@ -73,17 +74,22 @@ def main() -> None:
     batch = Batch(Items(labels), images)
     paired = Batch(Items(labels.roll(1)), images.roll(1, 0))
     cutmix, mixup = v2.CutMix(num_classes=CLASSES, alpha=4.0), v2.MixUp(num_classes=CLASSES, alpha=1.0)
+    counts = ClassCounts(torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]))
     rows: list[tuple[str, Mixer, Callable[..., object]]] = [
         ("CutMix exact", CutMix(), cutmix),
         ("CutMix clipped", CutMix(box="clipped"), cutmix),
         ("CutMix per image", CutMix(per="image"), cutmix),
         ("Mixup", Mixup(), mixup),
         ("Mixup per image", Mixup(per="image"), mixup),
+        ("SaliencyMix", SaliencyMix(per="batch"), cutmix),
+        ("SaliencyMix per image", SaliencyMix(), cutmix),
+        ("Remix", Remix(counts), cutmix),
+        ("UniMix", UniMix(counts), cutmix),
     ]
     results = []
     where = f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{where}, {args.rounds} rounds of {args.calls} calls")
-    print(f"{'mixer':<18}{'work':<14}{'ours µs':>9}{'theirs µs':>11}{'ratio':>8}   lowest … highest")
+    print(f"{'mixer':<23}{'work':<14}{'ours µs':>9}{'theirs µs':>11}{'ratio':>8}   lowest … highest")
     for name, mixer, theirs in rows:
 
         def same_work(mixer: Mixer = mixer) -> object:
@@ -98,7 +104,7 @@ def main() -> None:
             results.append({"mixer": name, "work": work, **row})
             spread = f"{row['lowest']:.2f} … {row['highest']:.2f}"
             times = f"{row['ours_us']:>9.0f}{row['theirs_us']:>11.0f}"
-            print(f"{name:<18}{work:<14}{times}{row['ratio']:>8.2f}   {spread}")
+            print(f"{name:<23}{work:<14}{times}{row['ratio']:>8.2f}   {spread}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -93,7 +93,7 @@ def main() -> None:
 
         count, count_log = iterations_to(reached, pot), iterations_to(max(reached, 2e-5), pot_log32, 1024)
         sides = {
-            "ours": lambda cost=cost: sinkhorn(cost, epsilon=EPSILON, max_iterations=200).coupling.argmax(1),
+            "ours": lambda cost=cost: sinkhorn(cost, epsilon=EPSILON, max_iterations=200).favourites,
             "pot": lambda count=count, pot=pot: pot(count).argmax(1),
             "pot_log32": lambda count=count_log, pot=pot_log32: pot(count).argmax(1),
         }

@@ -247,12 +247,15 @@ def test_data_of_many_classes_is_cut_in_the_middle() -> None:
 
 def test_methods_lists_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     from otmix.losses import LOSSES
-    from otmix.methods import ALIASES, MIXER_PARTS
+    from otmix.methods import ALIASES, PAIRING_PARTS, PIXEL_PARTS, REBALANCING_PARTS
 
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {loss} " in printed for loss in LOSSES)
-    assert all(f"  +{mixer} " in printed for mixer in MIXER_PARTS)
+    assert all(f"  +{mixer} " in printed for mixer in (*PIXEL_PARTS, *PAIRING_PARTS))
+    assert all(f"  -{name} " in printed for name in REBALANCING_PARTS)
+    assert "  ride- " in printed
+    assert "  bbn- " in printed
     assert all(f"{alias} = {name}" in printed for alias, name in ALIASES.items())
 
 

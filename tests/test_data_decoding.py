@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from otmix.data import FileSource, decode
-from otmix.data.decoding import find_unreadable, in_threads, shorter_side
+from otmix.data.decoding import find_unreadable, in_threads, size_of
 from otmix.errors import UserError
 
 HINT = "delete it or pass --on-bad-image skip"
@@ -128,6 +130,53 @@ def test_large_jpegs_may_come_smaller_but_never_too_small(tmp_path: Path) -> Non
     assert decode(path, at_least=801).shape == (3, 800, 1200)
 
 
+@pytest.mark.parametrize(
+    ("size", "at_least", "factor"), [((605, 400), 100, 4), ((301, 400), 100, 3), ((399, 640), 200, 1)]
+)
+def test_other_files_come_smaller_too_by_averages(
+    tmp_path: Path, size: tuple[int, int], at_least: int, factor: int
+) -> None:
+    pixels = np.asarray(Image.fromarray(picture()).resize(size, Image.Resampling.BICUBIC))
+    path = write(Image.fromarray(pixels), tmp_path / "a.png")
+    reduced = as_array(decode(path, at_least=at_least))
+    height, width = (side // factor for side in pixels.shape[:2])
+    whole = pixels[: height * factor, : width * factor].astype(float)
+    means = whole.reshape(height, factor, width, factor, 3).mean(axis=(1, 3))
+    assert np.abs(reduced[:height, :width] - means).max() <= 0.6  # in fixed point
+    assert reduced.shape[:2] == tuple(-(-side // factor) for side in pixels.shape[:2])
+    assert min(reduced.shape[:2]) >= at_least
+
+
+KINDS = ["RGB jpg", "L jpg", "CMYK jpg", "turned jpg", "RGB png", "L png", "P png", "RGBA png", "I;16 png", "RGB webp"]
+
+
+def kind_of_file(kind: str, path: Path, size: tuple[int, int] = (500, 370)) -> Path:
+    mode, ending = kind.split()
+    image = Image.fromarray(picture(7, 9)).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if mode == "turned":
+        exif[0x0112] = 6
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    return write(image, path.with_suffix(f".{ending}"), exif=exif)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_least", [None, 50, 92, 93, 185, 370, 371])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_header_tells_how_much_memory_it_takes(
+    tmp_path: Path, kind: str, at_least: int | None, channels: int
+) -> None:
+    path = kind_of_file(kind, tmp_path / "a")
+    source = FileSource(tmp_path, (path.name,), torch.tensor([0]), channels)
+    read = source.read(0, at_least)
+    assert source.nbytes(0, at_least) == read.nbytes
+    assert min(read.shape[1:]) >= min(370, at_least or 370)
+    assert size_of(path, at_least) in (tuple(read.shape[1:]), tuple(read.shape[:0:-1]))
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "gif", "bmp", "tiff"])
 def test_truncated_files_are_named(tmp_path: Path, ending: str) -> None:
     path = write(Image.fromarray(picture(64, 64)), tmp_path / f"cut.{ending}")
@@ -142,7 +191,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"fake\.png cannot be read as an image .*{HINT}"):
         decode(path)
-    assert shorter_side(path) is None
+    assert size_of(path) is None
 
 
 def test_missing_file_and_odd_pixels_are_named(tmp_path: Path) -> None:
@@ -175,6 +224,39 @@ def test_find_unreadable_names_the_places(tmp_path: Path) -> None:
     assert list(found) == [3, 77]
     assert steps[-1] == (100, 100)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_a_glance_finds_every_truncated_file(tmp_path: Path, kind: str, share: float) -> None:
+    """It makes few pixels, and must not miss what reading them all would."""
+    path = kind_of_file(kind, tmp_path / "a")
+    assert find_unreadable(tmp_path, [path.name]) == {}
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError) as caught:
+        decode(path)
+    assert find_unreadable(tmp_path, [path.name]) == {0: str(caught.value.__cause__)}
+
+
+def test_a_few_files_occupy_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    meeting = threading.Barrier(4, timeout=20)
+    in_threads(lambda _: meeting.wait() * 0, 8)  # passes only where four tasks run at once
+
+
+def test_threads_stop_soon_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    begun = []
+
+    def task(i: int) -> None:
+        begun.append(i)
+        if i == 0:
+            raise UserError("the first")
+        time.sleep(0.01)
+
+    with pytest.raises(UserError, match="the first"):
+        in_threads(task, 3200)
+    assert len(begun) < 64, "the other thread finished its block, and perhaps more"
 
 
 def test_threads_raise_the_first_error_in_order() -> None:

@@ -99,6 +99,24 @@ def test_nested_hidden_and_foreign_files(tmp_path: Path) -> None:
     assert sorted(names(data.train) + names(data.test)) == ["a/2.Jpeg", "a/x/deep/1.JPG", "b/5.bmp", "b/6.tif"]
 
 
+def test_files_in_other_formats_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 2), *numbered("train/b", 2), "test/a/0.png", "test/b/0.png")
+    for name in ("train/a/1.HEIC", "train/a/deep/2.heic", "test/b/3.mov", "test/b/.hidden", "train/b/README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (note,) = load(tmp_path).notes
+    assert note == "Files that are not read as images are passed over: 2 .heic, 1 without an ending, 1 .mov."
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("data/a", 2), *numbered("data/b", 2), *numbered("elsewhere", 3))
+    (tmp_path / "data/a/here").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data/a/there").symlink_to(tmp_path / "elsewhere")
+    data = load(tmp_path / "data", test_fraction=0.5)
+    assert data.test is not None
+    assert len(data.train) + len(data.test) == 2 + 3 + 2
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     put(tmp_path, *numbered("car", 3), *numbered("train", 3))
     assert load(tmp_path).class_names == ("car", "train")

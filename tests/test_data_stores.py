@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 
 from otmix.data import (
     ArraySource,
+    HeldStore,
     ImageDataset,
     ImageStore,
     ResidentStore,
@@ -23,6 +27,7 @@ from otmix.data import (
     open_store,
     to_square,
 )
+from otmix.data.resizing import side_needed
 from otmix.data.sources import FileSource, ImageSource
 from otmix.data.stores import Request
 from otmix.errors import UserError
@@ -42,6 +47,32 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
         image = Image.fromarray(pixels).resize((90 + 11 * i, 80 + 17 * (i % 4)), Image.Resampling.BICUBIC).convert(mode)
         paths.append(f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
         image.save(root / paths[-1])
+    return FileSource(root, tuple(paths), torch.tensor([0, 1, 0, 1, 1, 0, 0]))
+
+
+PHOTOS = ["RGB jpg", "L jpg", "turned jpg", "RGBA png", "I;16 png", "P png", "RGB png"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """Seven pictures so large that they are read reduced, and less so for windows of 72 pixels than for evaluation."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(1)
+    assert (side_needed(72), WindowFlip(72).side_needed) == (164, 186)
+    paths = []
+    for i, kind in enumerate(PHOTOS):
+        mode, ending = kind.split()
+        image = Image.fromarray(random.integers(0, 256, (9, 12 + i, 3), dtype=np.uint8))
+        image = image.resize((400 + 90 * i, 340 + 60 * (i % 4)), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        if mode == "turned":
+            exif[0x0112] = 8
+        elif mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        else:
+            image = image.convert(mode)
+        paths.append(f"{i}.{ending}")
+        image.save(root / paths[-1], exif=exif)
     return FileSource(root, tuple(paths), torch.tensor([0, 1, 0, 1, 1, 0, 0]))
 
 
@@ -94,6 +125,32 @@ def test_large_images_do_not_depend_on_the_workers(files: FileSource) -> None:
     assert not torch.equal(expected[0][1], expected[0][3])  # one image twice in a batch is seen in two ways
     evaluation = ResidentStore(files, 72, "cpu")
     assert torch.equal(gather(evaluation, files)[1], expected[1])  # without a seed: the view of evaluation
+
+
+@pytest.mark.parametrize("augmentation", [None, WindowFlip(72), WindowFlip(72, flip=False, scale=(1.0, 1.0))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_held_photos_are_those_that_workers_read(
+    photos: FileSource, augmentation: WindowFlip | None, channels: int
+) -> None:
+    source = FileSource(photos.root, photos.paths, photos.labels, channels)
+    held = HeldStore(source, 72, "cpu", augmentation)
+    before = [image.clone() for image in held.images]
+    expected = gather(held, source)
+    for workers in (0, 2):
+        got = gather(WorkerStore(source, 72, "cpu", augmentation, workers), source)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    items, seed = next(requests_of(source))
+    batch = held.fetch(items, seed)
+    assert torch.equal(batch.images, expected[0])
+    batch.images.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(before, held.images, strict=True))
+
+
+def test_held_photos_are_reduced_to_what_is_needed(photos: FileSource) -> None:
+    held = HeldStore(photos, 72, "cpu", WindowFlip(72))
+    sides = [min(image.shape[1:]) for image in held.images]
+    assert all(186 <= side < 2 * 186 for side in sides)
+    assert [photos.nbytes(i, 186) for i in range(7)] == [image.nbytes for image in held.images]
 
 
 def test_values_are_the_images_over_255(arrays: ArraySource) -> None:
@@ -152,11 +209,26 @@ def test_a_broken_file_is_named_without_a_traceback(files: FileSource, tmp_path:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"torn\.png"):
         ResidentStore(source, 72, "cpu")
+    with pytest.raises(UserError, match=r"torn\.png .*--on-bad-image skip"):
+        open_store(source, dataset_of(source, 72), "cpu", train=True)  # at once, not when its turn comes
 
 
-def test_progress_is_told(files: FileSource) -> None:
+def test_a_worker_that_is_killed_is_one_sentence(arrays: ArraySource) -> None:
+    before = set(multiprocessing.active_children())
+    stream = WorkerStore(arrays, 16, "cpu", workers=2).stream((items_of(arrays), None) for _ in range(1000))
+    next(stream)
+    (victim, *_) = set(multiprocessing.active_children()) - before
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"has died .*--workers 0") as caught:
+        list(stream)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [ResidentStore, HeldStore])
+def test_progress_is_told(files: FileSource, kind: Callable[..., ImageStore]) -> None:
     steps: list[tuple[int, int]] = []
-    ResidentStore(files, 16, "cpu", progress=lambda done, n: steps.append((done, n)))
+    kind(files, 72, "cpu", progress=lambda done, n: steps.append((done, n)))
     assert steps[-1] == (7, 7)
 
 
@@ -174,13 +246,34 @@ def dataset_of(source: ImageSource, size: int, flip: bool = True) -> ImageDatase
     return ImageDataset("own", ("a", "b"), source, None, None, size, 3, (0.5,) * 3, (0.5,) * 3, flip)
 
 
-def test_what_fits_is_held_and_the_rest_is_read(arrays: ArraySource, files: FileSource) -> None:
-    small, large = dataset_of(arrays, 16), dataset_of(files, 72)
+def test_what_fits_is_held_and_the_rest_is_read(arrays: ArraySource, photos: FileSource) -> None:
+    small, large = dataset_of(arrays, 16), dataset_of(photos, 72)
     exactly = 7 * 3 * 16 * 16
     assert isinstance(open_store(arrays, small, "cpu", train=True, resident_bytes=exactly), ResidentStore)
     assert isinstance(open_store(arrays, small, "cpu", train=True, resident_bytes=exactly - 1), WorkerStore)
-    assert isinstance(open_store(files, large, "cpu", train=False), ResidentStore)
-    assert isinstance(open_store(files, large, "cpu", train=True), WorkerStore)  # needs the whole picture
+    assert isinstance(open_store(photos, large, "cpu", train=False), ResidentStore)
+    held = open_store(photos, large, "cpu", train=True)
+    assert isinstance(held, HeldStore)
+    exactly = sum(image.nbytes for image in held.images)
+    assert isinstance(open_store(photos, large, "cpu", train=True, resident_bytes=exactly), HeldStore)
+    assert isinstance(open_store(photos, large, "cpu", train=True, resident_bytes=exactly - 1), WorkerStore)
+
+
+def test_a_folder_that_is_too_large_is_given_up_early(photos: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is decoded, and no header is opened once it is clear."""
+    opened: list[int] = []
+    sizes = [photos.nbytes(i, 186) for i in range(7)]
+
+    def nbytes(source: FileSource, index: int, at_least: int | None) -> int:
+        opened.append(index)
+        return sizes[index]
+
+    monkeypatch.setattr(FileSource, "nbytes", nbytes)
+    monkeypatch.setattr(FileSource, "read", None)
+    budget = sizes[0] + sizes[1] + 1
+    store = open_store(photos, dataset_of(photos, 72), "cpu", train=True, resident_bytes=budget)
+    assert isinstance(store, WorkerStore)
+    assert opened == [0, 1, 2]
 
 
 def test_open_store_augments_training_only(arrays: ArraySource, files: FileSource) -> None:
@@ -208,6 +301,20 @@ def test_what_workers_are_given_can_be_pickled(files: FileSource) -> None:
     store = WorkerStore(files, 72, "cpu", WindowFlip(72), workers=0)
     reader = pickle.loads(pickle.dumps(store._reader))
     assert torch.equal(reader.read([1, 2], 3), store._reader.read([1, 2], 3))
+
+
+@pytest.mark.gpu
+def test_a_held_store_never_waits_for_the_gpu(photos: FileSource) -> None:
+    store = HeldStore(photos, 72, "cuda", WindowFlip(72))
+    items = items_of(photos)
+    expected = HeldStore(photos, 72, "cpu", WindowFlip(72)).fetch(items, 5).images
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images = store.fetch(items, 5).images
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(image.device.type == "cuda" for image in store.images)
+    assert torch.allclose(images.cpu(), expected, atol=1.01 / 255)  # both are rounded to bytes, each in its own way
 
 
 @pytest.mark.gpu

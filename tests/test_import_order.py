@@ -15,7 +15,7 @@ ROOT = Path(otmix.__file__).parent
 # TYPE_CHECKING count too. The order of DESIGN.md section 3, but for `reports`: it stands before `training`, which
 # writes the page and the pictures of a run; `reports` reads only plain values and the files of a run directory.
 LAYERS = [
-    ["errors", "files", "extensions", "randomness", "types", "counting"],
+    ["errors", "files", "extensions", "randomness", "types", "counting", "settings"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
     ["protocols", "methods", "config"],

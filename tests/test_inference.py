@@ -267,12 +267,19 @@ def test_csv_has_one_line_per_image() -> None:
     assert rows[2] == ["ü\N{REPLACEMENT CHARACTER}.png", "ant, black", "0.333333", "bee", "0.300000"]
 
 
-def test_csv_with_more_ranks_than_classes_has_empty_cells() -> None:
+def test_csv_has_no_more_columns_than_classes() -> None:
     stream = io.StringIO()
-    write_csv(WRITTEN[:1], stream, top=4)
-    header, row = list(csv.reader(io.StringIO(stream.getvalue())))
-    assert len(header) == len(row) == 1 + 2 * 4
-    assert row[-2:] == ["", ""]
+    write_csv(WRITTEN, stream, top=5)
+    header, *rows = csv.reader(io.StringIO(stream.getvalue()))
+    assert header[3:] == ["class_2", "probability_2", "class_3", "probability_3"]
+    assert [len(row) for row in rows] == [7, 7]
+    assert rows[0][-2:] == ["cat", "0.050000"]
+
+
+def test_csv_without_predictions_is_a_header() -> None:
+    stream = io.StringIO()
+    assert write_csv([], stream, top=2) == 0
+    assert stream.getvalue() == "file,class,probability,class_2,probability_2\n"
 
 
 def test_csv_is_written_as_predictions_come() -> None:

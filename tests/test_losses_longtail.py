@@ -15,16 +15,18 @@ from otmix.losses import (
     LDAM,
     LOSSES,
     BalancedSoftmax,
+    Bayias,
     ClassBalancedFocal,
     ClassBalancedSigmoid,
     ClassBalancedSoftmax,
     CrossEntropy,
     Focal,
     LogitAdjustment,
+    Reduction,
     effective_number_weights,
 )
 from otmix.losses.balanced_softmax import balanced_softmax
-from otmix.losses.class_balanced import sigmoid_cross_entropy, weighted_sigmoid_focal
+from otmix.losses.class_balanced import weighted_sigmoid_focal
 from otmix.losses.focal import focal_loss
 from otmix.losses.ldam import HEAD_SCALE, ldam_loss, ldam_margins
 from otmix.methods import LOSS_PARTS, parse_method
@@ -38,30 +40,14 @@ from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems, StepState
 from otmix.types import ClassCounts, Output, Target
+from slow_losses import draw, effective_weight, log_softmax, sigmoid, softplus, with_features
 
 CIFAR = ClassCounts(torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]))
 BALANCED = ClassCounts(torch.full((10,), 70))
-NAMES = ["ldam", "focal", "cb-softmax", "cb-sigmoid", "cb-focal", "balanced-softmax", "logit-adjustment"]
+NAMES = ["ldam", "focal", "cb-softmax", "cb-sigmoid", "cb-focal", "balanced-softmax", "logit-adjustment", "bayias"]
+"""The losses that are a function of logits and one label; `ib` and `lade` have files of their own."""
 
 # The formulas of the fact sheet, for one image, in Python's float64.
-
-
-def log_softmax(logits: list[float], label: int) -> float:
-    top = max(logits)
-    return logits[label] - top - math.log(math.fsum(math.exp(z - top) for z in logits))
-
-
-def softplus(z: float) -> float:
-    return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
-
-
-def sigmoid(z: float) -> float:
-    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
-
-
-def effective_weight(n: list[int], label: int) -> float:
-    weights = [(1 - 0.9999) / (1 - 0.9999**count) for count in n]
-    return weights[label] / math.fsum(weights) * len(n)
 
 
 def slow_ldam(z: list[float], y: int, n: list[int]) -> float:
@@ -96,6 +82,10 @@ def slow_balanced_softmax(z: list[float], y: int, n: list[int]) -> float:
     return -log_softmax([z[k] + math.log(n[k]) for k in range(len(z))], y)
 
 
+def slow_bayias(z: list[float], y: int, n: list[int]) -> float:
+    return -log_softmax([z[k] + math.log(n[k] / sum(n)) - math.log(1 / len(n)) for k in range(len(z))], y)
+
+
 SLOW: dict[str, Callable[[list[float], int, list[int]], float]] = {
     "ce": lambda z, y, n: -log_softmax(z, y),
     "ldam": slow_ldam,
@@ -105,15 +95,8 @@ SLOW: dict[str, Callable[[list[float], int, list[int]], float]] = {
     "cb-focal": slow_cb_focal,
     "balanced-softmax": slow_balanced_softmax,
     "logit-adjustment": slow_balanced_softmax,
+    "bayias": slow_bayias,
 }
-
-
-def draw(b: int, k: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor, ClassCounts]:
-    """Logits uniform in ± scale, two labels per image, and counts from 1 to 5000 in no order."""
-    g = torch.Generator().manual_seed(seed)
-    counts = (5000 ** torch.rand(k, generator=g)).long().clamp_min(1)
-    logits = (torch.rand(b, k, generator=g) * 2 - 1) * scale
-    return logits, torch.randint(k, (b, 2), generator=g), ClassCounts(counts)
 
 
 def slow(name: str, logits: Tensor, labels: Tensor, counts: ClassCounts) -> list[float]:
@@ -177,6 +160,32 @@ def test_mixes_of_two_labels(name: str, weighted: bool, reduction: str) -> None:
     assert float(got) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "weighted-mean"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_share_of_one_or_zero_is_one_images_loss(name: str, reduction: Reduction, share: float) -> None:
+    logits, labels, counts = draw(8, 20, 6.0, seed=3)
+    output, criterion = with_features(logits), LOSSES[name](counts)
+    weight = torch.rand(20, generator=torch.Generator().manual_seed(4)) + 0.1
+    target = Target(labels, torch.tensor([[share, 1 - share]]).expand(8, 2))
+    hard = Target.hard(labels[:, 0 if share else 1])
+    got, want = (criterion(output, t, weight, 0.9, reduction) for t in (target, hard))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    other = criterion(output, Target.hard(labels[:, 1 if share else 0]), weight, 0.9, reduction)
+    assert not torch.isclose(got, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_one_hot_target_is_the_hard_label(name: str) -> None:
+    """As many labels as classes, all but one with share 0."""
+    logits, labels, counts = draw(8, 5, 6.0, seed=3)
+    output, criterion, y = with_features(logits), LOSSES[name](counts), labels[:, 0]
+    one_hot = Target(torch.arange(5).expand(8, 5), nn.functional.one_hot(y, 5).float())
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(4)) + 0.1
+    got, want = (criterion(output, target, weight, 0.9) for target in (one_hot, Target.hard(y)))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 # Known values and cases
 
 
@@ -200,7 +209,8 @@ def test_balanced_counts_make_the_shifts_constants() -> None:
     logits, labels, _ = draw(9, 10, 4.0)
     output, y = Output(logits), labels[:, 0]
     plain = CrossEntropy(BALANCED).per_label(output, y, 0.0)
-    for criterion in (BalancedSoftmax(BALANCED), LogitAdjustment(BALANCED, tau=2.5), ClassBalancedSoftmax(BALANCED)):
+    shifted = (BalancedSoftmax(BALANCED), LogitAdjustment(BALANCED, tau=2.5), Bayias(BALANCED))
+    for criterion in (*shifted, ClassBalancedSoftmax(BALANCED)):
         torch.testing.assert_close(criterion.per_label(output, y, 0.0), plain)
     assert ldam_margins(BALANCED).tolist() == [0.5] * 10
     lowered = logits - 15.0 * nn.functional.one_hot(y, 10)
@@ -274,7 +284,6 @@ def test_impossible_settings_are_refused(build: Callable[[], nn.Module]) -> None
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ldam": ldam_loss,
     "balanced-softmax": balanced_softmax,
-    "cb-sigmoid": lambda z, y, v: sigmoid_cross_entropy(z, y),
     **{f"focal {gamma}": lambda z, y, v, gamma=gamma: focal_loss(z, y, gamma) for gamma in (0.0, 0.5, 1.0, 2.0)},
     **{
         f"cb-focal {gamma}": lambda z, y, v, gamma=gamma: weighted_sigmoid_focal(z, y, v, gamma)
@@ -323,6 +332,7 @@ def test_no_host_sync_and_little_kept_for_the_backward(name: str) -> None:
     """
     criterion = LOSSES[name](ClassCounts(torch.arange(1, 401))).to("meta")
     logits = torch.empty(64, 400, device="meta", requires_grad=True)
+    output = with_features(logits)
     target = Target(torch.zeros(64, 1, dtype=torch.int64, device="meta"), torch.ones(64, 1, device="meta"))
     kept: dict[int, Tensor] = {}
 
@@ -332,11 +342,11 @@ def test_no_host_sync_and_little_kept_for_the_backward(name: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = criterion(Output(logits), target, torch.ones(400, device="meta"), progress=0.9)
+        loss = criterion(output, target, torch.ones(400, device="meta"), progress=0.9)
         loss.backward()
     assert logits.grad is not None
     assert sum(tensor.numel() for tensor in kept.values() if tensor.shape == logits.shape) <= logits.numel()
-    assert criterion.probabilities(Output(logits.detach())).shape == (64, 400)
+    assert criterion.probabilities(with_features(logits.detach())).shape == (64, 400)
 
 
 # What evaluation and checkpoints see
@@ -344,20 +354,25 @@ def test_no_host_sync_and_little_kept_for_the_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_criterion_is_a_function_of_the_counts(name: str) -> None:
-    """It is in no checkpoint: it has nothing to save, and another one built from the counts gives the same loss."""
+    """It is in no checkpoint: it has nothing to save, and another one built from the counts gives the same loss,
+    whatever it was asked before.
+    """
     logits, labels, counts = draw(5, 6, 4.0)
+    output, target = with_features(logits), Target.hard(labels[:, 0])
     criterion, again = LOSSES[name](counts), LOSSES[name](ClassCounts(counts.counts.clone()))
     assert not criterion.state_dict()
     assert not [*criterion.parameters()]
-    late = criterion.per_label(Output(logits), labels[:, 0], 0.9)
-    assert torch.equal(late, again.per_label(Output(logits), labels[:, 0], 0.0))
+    late, early = (criterion(output, target, progress=progress) for progress in (0.9, 0.0))
+    assert torch.equal(early, again(output, target, progress=0.0))
+    assert torch.equal(late, again(output, target, progress=0.9))
+    assert torch.equal(late, early) or name in ("ib", "ride")  # which begin late
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].head != "sigmoid"])
 def test_probabilities_are_the_softmax_of_plain_logits(name: str) -> None:
     """Without the margins and shifts of training."""
     logits, _, counts = draw(5, 6, 4.0)
-    torch.testing.assert_close(LOSSES[name](counts).probabilities(Output(logits)), logits.softmax(1))
+    torch.testing.assert_close(LOSSES[name](counts).probabilities(with_features(logits)), logits.softmax(1))
 
 
 @pytest.mark.parametrize("name", ["cb-sigmoid", "cb-focal"])
@@ -384,7 +399,8 @@ def test_a_sigmoid_head_begins_at_the_rate_of_a_guess() -> None:
 
 
 def test_every_loss_explains_itself() -> None:
-    assert list(LOSS_PARTS) == list(LOSSES) == ["ce", *NAMES]
+    assert list(LOSS_PARTS) == list(LOSSES)
+    assert set(LOSSES) >= {"ce", *NAMES, "ib", "lade"}
     assert parse_method("balms+otmix").name == "balanced-softmax+otmix"
     assert parse_method("balms-drw+cmo").name == "balanced-softmax-drw+cmo"
     assert parse_method("balms+otmix").title == "BALMS + OTmix"

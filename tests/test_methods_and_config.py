@@ -8,7 +8,7 @@ import pytest
 
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
-from otmix.methods import ALIASES, MIXER_SETTINGS, all_methods, parse_method
+from otmix.methods import ALIASES, all_methods, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
 from otmix.training.schedules import Schedule
 
@@ -30,6 +30,16 @@ def test_every_method_is_found_by_its_name() -> None:
         ("drw", "ce-drw", "ERM-DRW"),
         ("drw+otmix", "ce-drw+otmix", "ERM-DRW + OTmix"),
         ("erm+otmix", "ce+otmix", "ERM + OTmix"),
+        ("mixup", "ce+mixup", "ERM + Mixup"),
+        ("erm+otmix-mixup", "ce+otmix-mixup", "ERM + OTmix (Mixup)"),
+        ("otmix-cutmix", "ce+otmix", "ERM + OTmix"),
+        ("balms-drs+cmo-saliencymix", "balanced-softmax-drs+cmo-saliencymix", "BALMS-DRS + CMO (SaliencyMix)"),
+        ("ride", "ride-ldam-drw", "RIDE"),
+        ("ride+otmix", "ride-ldam-drw+otmix", "RIDE + OTmix"),
+        ("ride-balms", "ride-balanced-softmax", "RIDE (BALMS)"),
+        ("bbn", "bbn-ce", "BBN"),
+        ("bayias+unimix", "bayias+unimix", "Bayias + UniMix"),
+        ("ce-cbs", "ce-cbs", "ERM-CBS"),
     ],
 )
 def test_aliases(alias: str, name: str, title: str) -> None:
@@ -37,25 +47,51 @@ def test_aliases(alias: str, name: str, title: str) -> None:
     assert parse_method(alias).title == title
 
 
-@pytest.mark.parametrize("name", ["otmx", "ce+", "cmo+otmix", "otmix+otmix", "", "ce-drw-drw", "+otmix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "otmx",
+        "ce+",
+        "cmo+otmix",
+        "otmix+otmix",
+        "",
+        "ce-drw-drw",
+        "+otmix",
+        "ride-",
+        "ce+otmix-otmix",
+        "ce+cmo-",
+        "mixup+cmo",
+        "bbn-ride-ce",
+    ],
+)
 def test_unknown_names_are_refused_with_a_hint(name: str) -> None:
     with pytest.raises(UserError, match=r"no method named .*(did you mean|a name is)"):
         parse_method(name)
     assert "otmix" in ALIASES
 
 
+@pytest.mark.parametrize("name", ["bbn+otmix", "bbn-ldam-drw+mixup"])
+def test_bbn_with_a_mixer_is_refused_with_its_reason(name: str) -> None:
+    with pytest.raises(UserError, match=r"BBN takes no mixer, since its two branches already use up both streams; use"):
+        parse_method(name)
+
+
+def test_every_loss_combines_with_every_mixer() -> None:
+    names = {method.name for method in all_methods()}
+    assert {f"{loss}+{mixer}" for loss in known_losses() for mixer in known_mixers()} <= names
+    assert len(known_mixers()) == 5 + 3 * 5
+
+
 def test_every_setting_of_a_protocol_has_a_meaning_a_source_and_an_override() -> None:
     names = [f.name for f in fields(Protocol)]
-    assert names == [f.name for f in fields(Overrides)]
+    assert [*names, "parts"] == [f.name for f in fields(Overrides)]
+    read = {setting for name in ("drw+otmix", "remix") for setting in parse_method(name).setting_names}
     hints, changed = get_type_hints(Protocol), get_type_hints(Overrides)
     for f in fields(Protocol):
         assert f.metadata["meaning"]
         assert f.metadata["why"]
         assert changed[f.name] == hints[f.name] | None
-        assert any(f.name in settings for settings in MIXER_SETTINGS.values()) or f.name in (
-            "weighted_mean",
-            "headline",
-        )
+        assert f.name in read
 
 
 def test_the_table_of_design_section_5() -> None:
@@ -97,6 +133,23 @@ def test_the_papers_steps() -> None:
     schedule = Schedule("steps")
     factors = [schedule.factor(epoch, 240) for epoch in range(240)]
     assert factors == [1.0] * 100 + [0.1] * 60 + [0.01] * 40 + [0.0001] * 40
+
+
+def test_the_steps_of_ldams_code() -> None:
+    schedule = Schedule.named("ldam", warmup=5 / 200)
+    factors = [schedule.factor(epoch, 200) for epoch in range(200)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 156, *[0.01] * 20, *[0.0001] * 20])
+    assert (schedule.deferred, Schedule.named("steps").deferred) == (160 / 200, 160 / 240)
+    config = with_defaults(RunConfig(schedule="ldam"), small=True, backbone="resnet8", image_size=8)
+    assert config.warmup == 5 / 200
+    assert with_defaults(RunConfig(), small=True, backbone="resnet8", image_size=8).warmup == 0
+
+
+def test_a_loss_may_bring_its_own_steps() -> None:
+    schedule = Schedule.named("steps", own_steps=((0.5, 0.01), (0.8, 1e-4), (0.9, 1e-6)))
+    factors = [schedule.factor(epoch, 10) for epoch in range(10)]
+    assert factors == [1, 1, 1, 1, 1, 0.01, 0.01, 0.01, 1e-4, 1e-6]
+    assert Schedule.named("cosine", own_steps=((0.5, 0.01),)) == Schedule("cosine")
 
 
 def test_warmup_of_ldams_code() -> None:

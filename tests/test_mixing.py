@@ -1,4 +1,6 @@
-"""CutMix and Mixup (eq. 1, 9, 11): what is pasted, what the shares say of it, and torchvision's own as peers."""
+"""CutMix and Mixup (eq. 1, 9, 11): what is pasted, what the shares say of it, and torchvision's own as peers; and what
+holds for every mixer. The rules of single papers: test_mixing_rules.py, test_mixing_saliency.py.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from otmix.errors import UserError
-from otmix.mixing import CutMix, Mixer, Mixup, leave_unmixed
+from otmix.mixing import CutMix, Mixer, Mixup, Remix, SaliencyMix, UniMix, leave_unmixed
 from otmix.mixing.cutmix import clipped_boxes, exact_boxes
 from otmix.mixing.share import draw_shares
-from otmix.types import Batch, Items, Mixed, Target
+from otmix.types import Batch, ClassCounts, Items, Mixed, Target
 
+COUNTS = ClassCounts(torch.tensor([500, 150, 50, 17, 5]))
 MIXERS: list[Mixer] = [
     CutMix(),
     CutMix(box="clipped"),
@@ -27,6 +30,11 @@ MIXERS: list[Mixer] = [
     CutMix(box="clipped", per="image"),
     Mixup(),
     Mixup(per="image"),
+    SaliencyMix(),
+    SaliencyMix(per="batch"),
+    Remix(COUNTS),
+    Remix(COUNTS, per="image"),
+    UniMix(COUNTS),
 ]
 sides = st.integers(1, 40)
 alphas = st.floats(0.01, 100)
@@ -55,17 +63,26 @@ def same(a: Mixed, b: Mixed) -> bool:
 # ---- the law of λ
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0, 30.0, 1e4])
 def test_shares_follow_beta(alpha: float) -> None:
     shares = draw_shares(alpha, 20_000, generator(0))
     assert shares.dtype == torch.float64
     assert kstest(shares.numpy(), beta_law(alpha, alpha).cdf).pvalue > 1e-3
 
 
+def test_shares_drawn_one_by_one_follow_beta_too() -> None:
+    """One share and many are drawn in different ways."""
+    draw = generator(0)
+    shares = torch.cat([draw_shares(0.8, 1, draw) for _ in range(2000)])
+    assert kstest(shares.numpy(), beta_law(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("n", [1, 20])
 @given(st.floats(1e-6, 1e6), seeds)
 @settings(deadline=None)
-def test_shares_are_shares_for_any_alpha(alpha: float, seed: int) -> None:
-    shares = draw_shares(alpha, 20, generator(seed))
+def test_shares_are_shares_for_any_alpha(n: int, alpha: float, seed: int) -> None:
+    shares = draw_shares(alpha, n, generator(seed))
+    assert shares.shape == (n,)
     assert bool(((shares >= 0) & (shares <= 1)).all())
 
 
@@ -238,7 +255,8 @@ def test_same_draw_same_mix_and_inputs_untouched(mixer: Mixer) -> None:
 @pytest.mark.parametrize("mixer", MIXERS, ids=repr)
 def test_one_draw_per_batch_or_per_image(mixer: Any) -> None:
     mixed = mixer.apply(constant(1.0, 64, 32, 32), constant(0.0, 64, 32, 32), mixer.draw(64, 32, 32, generator(0)))
-    assert (len(mixed.image_share.unique()) > 1) == (mixer.per == "image")
+    per = "image" if isinstance(mixer, UniMix) else mixer.per
+    assert (len(mixed.image_share.unique()) > 1) == (per == "image")
     torch.testing.assert_close(mixed.images.mean((1, 2, 3)), mixed.image_share)
 
 

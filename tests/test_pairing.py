@@ -45,6 +45,49 @@ def test_within_batch_is_a_permutation_that_changes_with_the_step() -> None:
     assert first.foreground.tolist() == again.foreground.tolist() != other.foreground.tolist()
 
 
+def test_within_batch_by_class_weight_draws_from_the_whole_batch_with_replacement() -> None:
+    labels = torch.tensor([0] * 12 + [1] * 4)
+    batch, pairing = Items(labels), WithinBatchPairing(torch.tensor([1.0, 6.0]))
+    first, again, other = (pairing(batch, batch, never, context(step=s)) for s in (0, 0, 1))
+    assert first.background.tolist() == list(range(16))
+    assert first.foreground.tolist() == again.foreground.tolist() != other.foreground.tolist()
+    assert first.by == "within-batch"
+    assert not pairing.from_foregrounds
+    drawn = torch.stack([pairing(batch, batch, never, context(step=s)).foreground for s in range(300)])
+    expected = torch.tensor([1.0] * 12 + [6.0] * 4) / 36
+    # within five standard deviations, image by image, whoever the partner is for
+    assert (
+        (torch.bincount(drawn.flatten(), minlength=16) / 4800 - expected).abs() < 5 * (expected / 4800).sqrt()
+    ).all()
+    assert bool((drawn == torch.arange(16)).any())  # an image may meet itself
+    assert max(len(set(row)) for row in drawn.tolist()) < 16
+
+
+def test_a_class_of_hardly_any_weight_is_hardly_drawn() -> None:
+    batch, pairing = items(0, 1, 0, 1, 1), WithinBatchPairing(torch.tensor([1e-30, 1.0]))
+    drawn = {j for s in range(50) for j in pairing(batch, batch, never, context(step=s)).foreground.tolist()}
+    assert drawn == {1, 3, 4}
+
+
+def test_an_image_alone_meets_itself() -> None:
+    pairing = WithinBatchPairing(torch.ones(2))
+    assert pairing(items(1), items(1), never, context()).foreground.tolist() == [0]
+
+
+@pytest.mark.parametrize("weight", [[1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 1.0]]])
+def test_class_weights_must_be_weights(weight: list[float]) -> None:
+    with pytest.raises(ValueError, match="class weights"):
+        WithinBatchPairing(torch.tensor(weight))
+
+
+def test_class_weights_never_wait_for_a_device() -> None:
+    """Labels on `meta` have no values: whatever asks for one raises."""
+    labels = Items(torch.zeros(4, dtype=torch.int64, device="meta"))
+    pairs = WithinBatchPairing(torch.ones(2))(labels, labels, never, context())
+    assert pairs.foreground.shape == pairs.background.shape == (4,)
+    assert pairs.foreground.device.type == "meta"
+
+
 def test_transport_finds_the_obvious_partner() -> None:
     fore, back = items(0, 0, 0), items(1, 1, 1)
     features = {id(fore): torch.eye(3), id(back): torch.eye(3)[[2, 0, 1]]}

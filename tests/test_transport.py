@@ -209,3 +209,38 @@ def test_cuda_agrees_and_can_be_captured() -> None:
         captured = sinkhorn(cost)
     graph.replay()
     torch.testing.assert_close(captured.coupling, plan.coupling)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_solver_of_other_devices_finds_the_same_plans(name: str) -> None:
+    """It runs all iterations in PyTorch, reading no value; here on the CPU, as no other device is to be had in CI."""
+    from otmix.transport import batched
+
+    cost = COSTS[name]
+    f, m = cost.shape
+    both = torch.stack([cost, cost.flip(0)]).double()
+    a, b = torch.full((2, f), 1 / f).double(), torch.full((2, m), 1 / m).double()
+    valid = torch.tensor([True, True])
+    coupling, _, _, iterations, error, converged = batched.solve(both, a, b, valid, 0.01, 900, 1e-7)
+    assert bool(converged.all())
+    assert float(error.max()) <= 1e-7
+    assert int(iterations.max()) <= 900
+    want = sinkhorn(cost.double(), max_iterations=900, tolerance=1e-7).coupling
+    torch.testing.assert_close(coupling[0], want, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(coupling[1], want.flip(0), rtol=1e-4, atol=1e-8)
+
+
+def test_the_solver_of_other_devices_marks_what_is_not_finite() -> None:
+    from otmix.transport import batched
+
+    cost = uniform(5, 6, 0).repeat(2, 1, 1)
+    a, b = torch.full((2, 5), 1 / 5), torch.full((2, 6), 1 / 6)
+    coupling, _, _, _, error, converged = batched.solve(cost, a, b, torch.tensor([True, False]), 0.1, 200, 1e-4)
+    assert converged.tolist() == [True, False]
+    assert error[1] == math.inf
+    assert bool(coupling.isfinite().all())
+
+
+def test_favourites_are_the_largest_entries() -> None:
+    plan = sinkhorn(torch.stack([COSTS["10 classes"], COSTS["100 classes"]]))
+    assert torch.equal(plan.favourites, plan.coupling.argmax(-1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from otmix.errors import UserError
-from otmix.protocols import Overrides, Protocol, ProtocolName, resolve
+from otmix.protocols import Overrides, Protocol, ProtocolName
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -37,9 +37,9 @@ class RunConfig:
         image_size: side of the square image the model sees, in pixels.
         on_bad_image: stop at a broken image, or skip it and list it.
         download: may CIFAR be downloaded.
-        method: `[loss][-drw][+mixer]`; see `otmix methods`.
+        method: `[ride-|bbn-]loss[-drw|-drs|-cbs|-srs][+mixer]`; see `otmix methods`.
         protocol: clean (ours), paper, or official (the released code; looks at the test set).
-        set: single settings of the protocol changed, e.g. `--set.alpha 1`.
+        set: single settings of the method changed, e.g. `--set.alpha 1` or `--set.loss.tau 2`.
         backbone: resnet8/20/32 for small images, or `timm/<name>`.
         pretrained: start timm backbones from pretrained weights (default: yes for large images).
         weights: file with pretrained weights (.safetensors, .pt, .pth) instead of a download.
@@ -49,8 +49,9 @@ class RunConfig:
         lr: initial learning rate.
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
         nesterov: Nesterov momentum for sgd.
-        schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, as in the paper) or cosine.
-        warmup: share of the run during which the learning rate rises linearly.
+        schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, as in the paper), ldam (LDAM's code: x .01,
+            .0001 from 160, 180 of 200, after a warm-up of 5; deferred re-weighting from 160 of 200), or cosine.
+        warmup: share of the run during which the learning rate rises linearly (default 0, ldam 5/200).
         evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
             are none).
         final_split: the images that the result is measured on, once, at the end.
@@ -87,8 +88,8 @@ class RunConfig:
     lr: float | None = None
     weight_decay: float | None = None
     nesterov: bool = False
-    schedule: Literal["steps", "cosine"] | None = None
-    warmup: float = 0.0
+    schedule: Literal["steps", "ldam", "cosine"] | None = None
+    warmup: float | None = None
     evaluate_every: int = 1
     final_split: Literal["test", "validation"] = "test"
     seed: int = 0
@@ -119,7 +120,7 @@ class RunConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr must be a positive number, it is {self.lr}")
-        if not 0 <= self.warmup < 1:
+        if self.warmup is not None and not 0 <= self.warmup < 1:
             raise UserError(f"--warmup is the share of the run that warms up, in [0, 1); it is {self.warmup}")
         if self.imbalance is not None and not self.imbalance >= 1:
             raise UserError(
@@ -128,26 +129,28 @@ class RunConfig:
 
     @property
     def protocol_settings(self) -> Protocol:
-        """The protocol with the single settings changed. Raises UserError where a value is out of range."""
-        return resolve(self.protocol, self.set)
+        """The protocol with the method's own defaults and the single settings changed. Raises UserError where a value
+        is out of range.
+        """
+        from otmix.methods import parse_method
+
+        return parse_method(self.method).protocol(self.protocol, self.set)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a run's config.yaml; `set` holds only what was changed."""
-        values = asdict(self)
-        values["set"] = {key: value for key, value in values["set"].items() if value is not None}
-        return values
+        return asdict(self) | {"set": self.set.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of `to_dict`. Raises UserError for an unknown key."""
-        known, changeable = {f.name for f in fields(cls)}, {f.name for f in fields(Overrides)}
+        known, changeable = {f.name for f in fields(cls)}, {f.name for f in fields(Protocol)}
         changed = values.get("set") or {}
         unknown = [key for key in values if key not in known] + [
-            f"set.{key}" for key in changed if key not in changeable
+            f"set.{key}" for key in changed if key not in changeable and "." not in key
         ]
         if unknown:
             raise UserError(f"unknown setting {', '.join(unknown)}; `otmix train --print_config` shows all there are")
-        return cls(**{**values, "set": Overrides(**changed)})
+        return cls(**{**values, "set": Overrides.from_dict(changed)})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -213,7 +216,10 @@ def with_defaults(config: RunConfig, *, small: bool, backbone: str, image_size: 
         f.name: getattr(config, f.name) if getattr(config, f.name) is not None else getattr(recipe, f.name)
         for f in fields(Recipe)
     }
-    return replace(config, backbone=backbone, pretrained=pretrained, image_size=image_size, **chosen)
+    warmup = config.warmup
+    if warmup is None:
+        warmup = 5 / 200 if chosen["schedule"] == "ldam" else 0.0
+    return replace(config, backbone=backbone, pretrained=pretrained, image_size=image_size, warmup=warmup, **chosen)
 
 
 def default_run_dir(config: RunConfig, runs: Path) -> Path:

@@ -5,12 +5,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from otmix.counting import CountTable, normalise_rows
+from otmix.errors import UserError
 from otmix.types import Confusion, ConfusionOrigin
+
+
+def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch.Generator) -> Confusion:
+    """A confusion matrix made wrong on purpose, to see what that does: equal generators give equal errors.
+
+    The rows of a random share `shuffle` of the classes change places in a cycle, so that no one keeps its own; then a
+    share `noise` of each row is replaced by uniform random numbers that sum to as much. 0 and 0 change nothing. Dense
+    matrices only: raises UserError for a sparse one (more than 1000 classes).
+    """
+    if shuffle == 0 and noise == 0:
+        return confusion
+    matrix = confusion.matrix
+    if matrix.is_sparse:
+        raise UserError("F of more than 1000 classes cannot be shuffled or noised; leave these settings at 0")
+    classes = confusion.num_classes
+    moved = torch.randperm(classes, generator=generator)[: round(shuffle * classes)].to(matrix.device)
+    random = torch.rand(classes, classes, generator=generator).to(matrix)
+    if len(moved) > 1:
+        matrix = matrix.index_copy(0, moved, matrix[moved.roll(1)])
+    random = random / random.sum(1, keepdim=True) * matrix.sum(1, keepdim=True)
+    origin = replace(confusion.origin, perturbed=True)
+    return Confusion(torch.lerp(matrix, random, noise), origin)
+
 
 SOFT_TOP = 16
 """How many of an image's largest class probabilities a soft count keeps where the table is sparse."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from otmix.data import IMAGE_ENDINGS, FileSource, open_store, to_square
 from otmix.data.decoding import in_threads
+from otmix.data.folder import images_below
 from otmix.data.resizing import side_needed
 from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
@@ -89,7 +89,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += _below(path)
+            files += sorted(path / name for name in images_below(path))
         elif path.exists():
             files.append(path)
         else:
@@ -103,19 +103,28 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def write_csv(predictions: Iterable[Prediction], stream: TextIO, top: int = 5) -> int:
-    """One line per image: file, class, probability, then class_2, probability_2, … up to `top`.
+    """One line per image: file, class, probability, then class_2, probability_2, … up to `top`, or to the last class.
 
-    Cells are empty where there are fewer classes. Returns how many lines were written, the header not counted.
+    The first prediction says how many there are; without any, the header has `top`. Returns how many lines were
+    written, the header not counted.
     """
     writer = csv.writer(stream, lineterminator="\n")
-    ranks = [name for rank in range(2, top + 1) for name in (f"class_{rank}", f"probability_{rank}")]
-    writer.writerow(["file", "class", "probability", *ranks])
     written = 0
     for one in predictions:
+        if not written:
+            top = min(top, len(one.top))
+            writer.writerow(_header(top))
         cells = [cell for name, probability in one.top[:top] for cell in (name, f"{probability:.6f}")]
-        writer.writerow([_printable(one.file), *cells, *[""] * (2 * top - len(cells))])
+        writer.writerow([_printable(one.file), *cells])
         written += 1
+    if not written:
+        writer.writerow(_header(top))
     return written
+
+
+def _header(top: int) -> list[str]:
+    ranks = [name for rank in range(2, top + 1) for name in (f"class_{rank}", f"probability_{rank}")]
+    return ["file", "class", "probability", *ranks]
 
 
 def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
@@ -229,26 +238,6 @@ def read_images(files: Sequence[Path], image_size: int, channels: int) -> tuple[
     return torch.stack(pixels) if pixels else torch.empty(0, channels, image_size, image_size, dtype=torch.uint8), dict(
         sorted(errors.items())
     )
-
-
-def _below(folder: Path) -> list[Path]:
-    """Images at any depth. Links are followed, but no folder is visited twice."""
-    found: list[Path] = []
-    visited = {folder.resolve()}
-    for directory, below, names in os.walk(folder, followlinks=True):
-        here = Path(directory)
-        kept = []
-        for name in sorted(below):
-            if not _hidden(name) and (real := (here / name).resolve()) not in visited:
-                visited.add(real)
-                kept.append(name)
-        below[:] = kept
-        found += [here / name for name in names if not _hidden(name) and Path(name).suffix.lower() in IMAGE_ENDINGS]
-    return sorted(found)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
 
 
 def _printable(file: str) -> str:

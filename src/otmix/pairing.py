@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from otmix.costs import CombinedCost, Cost
 from otmix.errors import UserError
@@ -53,20 +54,38 @@ class IndexPairing:
         return Pairs(both, both, by="index")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithinBatchPairing:
     """Each image is the background of another one of its own batch, by a uniformly random permutation (CutMix, Mixup,
     Remix).
+
+    With `class_weight [K]`, the foreground of each is drawn from the whole batch instead, itself included, with
+    replacement and a probability proportional to the weight of its class (UniMix, Xu et al. 2021: n_k^τ). Raises
+    ValueError for weights that are no vector of finite numbers above 0.
     """
 
     from_foregrounds = False
 
+    class_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        weight = self.class_weight
+        if weight is not None and not (weight.ndim == 1 and bool((torch.isfinite(weight) & (weight > 0.0)).all())):
+            raise ValueError("class weights of a pairing must be a vector [K] of finite numbers above 0")
+
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
-        device = background.labels.device
-        partner = torch.randperm(len(background), generator=context.moment.generator("pairing")).to(
-            device, non_blocking=True
-        )
-        return Pairs(partner, torch.arange(len(background), device=device), by="within-batch")
+        device, n = background.labels.device, len(background)
+        generator = context.moment.generator("pairing")
+        if self.class_weight is None:
+            partner = torch.randperm(n, generator=generator).to(device, non_blocking=True)
+        else:
+            weight = self.class_weight.to(device, torch.float32, non_blocking=True)[background.labels]
+            # cumsum, but the same on every run: on CUDA it is not
+            edges = weight.expand(n, n).tril().sum(1)
+            point = torch.rand(n, generator=generator, dtype=torch.float64).to(device, torch.float32, non_blocking=True)
+            # the minimum is for a point that float32 rounded up to 1
+            partner = torch.searchsorted(edges, point * edges[-1], right=True).clamp_max_(n - 1)
+        return Pairs(partner, torch.arange(n, device=device), by="within-batch")
 
 
 def _otmix_cost(confusion: Confusion | None) -> Cost:
@@ -102,7 +121,7 @@ class TransportPairing:
             cost = self.cost(context.confusion)(embedded_foreground, embedded_background)
             plan = sinkhorn(cost, epsilon=self.epsilon, max_iterations=self.max_iterations, tolerance=self.tolerance)
             if self.select == "argmax":
-                chosen = plan.coupling.argmax(1)
+                chosen = plan.favourites
             else:
                 weights = plan.coupling if self.select == "sample" else plan.coupling.softmax(1)
                 # a race of exponential clocks with these rates: the noise can come from a CPU generator, and no host is
@@ -115,20 +134,24 @@ class TransportPairing:
 
 @dataclass(frozen=True)
 class ConfusionPairing:
-    """Table 4's last row: foreground class k goes into a random background of the class that a finished run confuses k
-    with most.
+    """Table 4's last row: foreground class k goes into a random background of the class that a model confuses k with
+    most.
 
-    Where that class is not in the batch, the background is drawn from the whole batch (the paper is silent on this).
+    The paper's is a finished run's, fixed; without one, `context.confusion` says it. Where that class is not in the
+    batch, and before F is known, the background is drawn from the whole batch (the paper is silent on this).
     """
 
     from_foregrounds = True
 
-    confusion: Confusion
+    confusion: Confusion | None = None
 
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
         device = background.labels.device
-        every = torch.arange(self.confusion.num_classes, device=device)
-        partner = self.confusion.lookup(foreground.labels, every).argmax(1)
+        confusion = self.confusion or context.confusion
+        if confusion is None:
+            return IndexPairing()(foreground, background, embed, context)
+        every = torch.arange(confusion.num_classes, device=device)
+        partner = confusion.lookup(foreground.labels, every).argmax(1)
         score = torch.rand(len(foreground), len(background), generator=context.moment.generator("pairing")).to(
             device, non_blocking=True
         )

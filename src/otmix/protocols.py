@@ -7,10 +7,12 @@ appear.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from otmix.errors import UserError
+from otmix.settings import Value
 
 ProtocolName = Literal["clean", "paper", "official"]
 ForegroundLaw = Literal["inverse-frequency", "effective-number"]
@@ -103,6 +105,19 @@ class Protocol:
     confusion_per_class: int = _setting(
         50, "images per class of a balanced training subset", "ours; the paper says 'small'"
     )
+    confusion_run: str | None = _setting(
+        None,
+        "a finished run whose model F is estimated with, once, instead of with the present model after each epoch",
+        "paper, Table 8: 'Fix', and Table 4's pairing by the confusion matrix of a model trained with ERM",
+    )
+    confusion_shuffle: float = _setting(
+        0.0,
+        "share of the classes whose rows of F change places with each other",
+        "ours: what a wrong F does, which the paper names as its limitation",
+    )
+    confusion_noise: float = _setting(
+        0.0, "share of each row of F that is replaced by random numbers", "ours, as confusion_shuffle"
+    )
     weighted_mean: Literal["mean", "weighted-mean"] = _setting(
         "mean",
         "how a class-weighted mixed loss is averaged",
@@ -121,6 +136,9 @@ class Protocol:
             raise UserError(f"alpha must be positive, it is {self.alpha}; the paper has 4")
         if self.confusion_per_class < 1:
             raise UserError(f"confusion_per_class must be at least 1, it is {self.confusion_per_class}")
+        for name in ("mix_probability", "mix_fraction", "confusion_shuffle", "confusion_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is a share, in [0, 1]; it is {getattr(self, name)}")
 
     @property
     def looks_at_test(self) -> bool:
@@ -155,7 +173,9 @@ PROTOCOL_TITLES: dict[ProtocolName, str] = {
 
 @dataclass(frozen=True)
 class Overrides:
-    """Single settings of a protocol changed: each field of `Protocol`, None where the protocol's own value stands."""
+    """Single settings changed: each field of `Protocol`, None where the protocol's own value stands; and in `parts`
+    those of a method's parts, such as `loss.tau`.
+    """
 
     mix_probability: float | None = None
     mix_from: float | None = None
@@ -178,15 +198,36 @@ class Overrides:
     confusion_from: ConfusionFrom | None = None
     confusion_soft: bool | None = None
     confusion_per_class: int | None = None
+    confusion_run: str | None = None
+    confusion_shuffle: float | None = None
+    confusion_noise: float | None = None
     weighted_mean: Literal["mean", "weighted-mean"] | None = None
     headline: Literal["last", "best-on-test"] | None = None
+    parts: Mapping[str, Value] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is changed, by the names that stand after `--set.`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}
+        return {name: value for name, value in own.items() if value is not None} | dict(self.parts)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Overrides:
+        """The inverse of `to_dict`."""
+        own = {name: value for name, value in values.items() if "." not in name}
+        return cls(**own, parts={name: value for name, value in values.items() if "." in name})
 
 
-def resolve(name: ProtocolName, overrides: Overrides | None = None) -> Protocol:
-    """A protocol with some of its settings changed; `overrides` is an `Overrides`, or None. Raises UserError for an
-    unknown name or a bad value.
+def resolve(
+    name: ProtocolName,
+    overrides: Overrides | None = None,
+    adjust: Callable[[Protocol], Protocol] = lambda protocol: protocol,
+) -> Protocol:
+    """A protocol, with what `adjust` makes of it, and some of its settings changed.
+
+    Raises UserError for an unknown name or a bad value.
     """
     if name not in PROTOCOLS:
         raise UserError(f"there is no protocol named {name!r}; choose one of {', '.join(PROTOCOLS)}")
     changed = {} if overrides is None else {f.name: getattr(overrides, f.name) for f in fields(Protocol)}
-    return replace(PROTOCOLS[name], **{key: value for key, value in changed.items() if value is not None})
+    given = {key: value for key, value in changed.items() if value is not None}
+    return replace(adjust(PROTOCOLS[name]), **given)

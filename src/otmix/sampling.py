@@ -8,8 +8,8 @@ depend on the number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,20 +65,61 @@ def _uniform_below(u: Tensor, n: Tensor) -> Tensor:
     return torch.minimum((u * n).long(), n - 1)
 
 
+@dataclass(frozen=True)
+class ClassSampling:
+    """A law of the background stream's classes other than the natural one: q_k ~ n_k^power, from `start` on.
+
+    Class-balanced sampling is power 0 and start 0; square-root sampling (Mahajan et al. 2018) power 1/2; deferred
+    re-sampling (DRS, Cao et al. 2019) power 0 from 160 of 240 epochs. Before `start`, and with power 1, each epoch is a
+    permutation of the images as in eq. 2. Stateless: a function of the progress. Raises UserError for a start outside
+    [0, 1] or a power that is not finite.
+
+    Args:
+        power: of the class frequency; 0 draws all classes evenly, 1/2 is square-root sampling (M2m's and LDAM's DRS:
+            0).
+        start: share of the run from which the law holds (DRS: 160 of 240 epochs; 160 of 200 with --schedule ldam).
+    """
+
+    counts: ClassCounts
+    power: float = 0.0
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start <= 1.0:
+            raise UserError(f"the start of re-sampling is a share of the run, in [0, 1]; it is {self.start}")
+        if not math.isfinite(self.power):
+            raise UserError(f"the power of re-sampling must be a finite number, it is {self.power}")
+
+    def class_probability(self, progress: float) -> Tensor | None:
+        """float64 `[K]`, or None while the natural law holds."""
+        natural = self.power == 1.0 or progress < self.start
+        return None if natural else inverse_frequency(self.counts, -self.power)
+
+
 class BackgroundStream:
     """Eq. 2: every image with weight 1/N, as a fresh permutation of all images in each epoch.
+
+    With a `law`, in the epochs for which it has class probabilities, B images are drawn for each batch instead, classes
+    by these, with replacement.
 
     `labels [N]`; `batch_size` B is global, over all `world` processes. An epoch has ceil(N/B) batches; the last may be
     smaller. A batch that does not divide by `world` is padded by repeating its first images, so that all processes have
     equally many. So one process sees every image exactly once an epoch, several together at least once.
     """
 
-    def __init__(self, labels: Tensor | Sequence[int], batch_size: int, world: int = 1) -> None:
+    def __init__(
+        self,
+        labels: Tensor | Sequence[int],
+        batch_size: int,
+        world: int = 1,
+        law: Callable[[float], Tensor | None] | None = None,
+    ) -> None:
         if batch_size < 1 or world < 1:
             raise UserError(f"batch size and number of processes must be at least 1, they are {batch_size} and {world}")
         self.labels = _as_labels(labels)
         self.batch_size = batch_size
         self.world = world
+        self.law = law
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,7 +128,14 @@ class BackgroundStream:
     def epoch(self, moment: Moment) -> list[Items]:
         """The batches of process `moment.rank` in order; the moment's seed, stage and epoch decide, not its step."""
         _check_place(moment.rank, self.world)
-        order = torch.randperm(len(self.labels), generator=moment.at_epoch().generator("background"))
+        draw = moment.at_epoch().generator("background")
+        probability = None if self.law is None else self.law(moment.progress)
+        if probability is None:
+            order = torch.randperm(len(self.labels), generator=draw)
+        else:
+            drawn = ForegroundStream(self.labels, probability).draw(len(self.labels), draw).index
+            assert drawn is not None  # a ForegroundStream always knows the place
+            order = drawn
         batches = []
         for batch in torch.split(order, self.batch_size):
             padded = math.ceil(len(batch) / self.world) * self.world

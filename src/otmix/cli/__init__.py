@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from otmix import __version__
-from otmix.cli import commands, listings, preview
+from otmix.cli import checking, commands, listings, preview
 from otmix.cli.help import overview, page
 from otmix.errors import UserError
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data": listings.data,
     "preview": preview.preview,
     "methods": listings.methods,
+    "check-method": checking.check_method,
 }
 
 STOPPED = 130

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from otmix.config import RunConfig
-from otmix.protocols import Overrides, Protocol
+from otmix.protocols import Protocol
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
@@ -163,9 +163,8 @@ def _run_config(shown: tuple[str, ...]) -> Iterator[Argument]:
     for group, names in GROUPS.items():
         for name in names:
             if name == "set" and name in shown:
-                # get_type_hints of Overrides, which is made from these, finds the same ones
                 settings, meanings = get_type_hints(Protocol), {f.name: f.metadata["meaning"] for f in fields(Protocol)}
-                for f in fields(Overrides):
+                for f in fields(Protocol):
                     yield Argument(f"set.{f.name}", settings[f.name] | None, None, meanings[f.name], group)
             elif name in shown:
                 yield Argument(name, hints[name], defaults[name], texts[name], group)

@@ -5,12 +5,12 @@ Each is a typed function that returns the exit code; what is heavy is imported w
 
 from __future__ import annotations
 
+import difflib
 import io
 import json as json_module
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, TextIO
 
@@ -18,7 +18,6 @@ from otmix.cli.arguments import GROUPS, Only
 from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import import_files
-from otmix.protocols import Overrides
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 COMPARED = Only(tuple(name for names in GROUPS.values() for name in names if name not in ("method", "out", "resume")))
@@ -211,12 +210,15 @@ def check_settings(config: RunConfig, names: Sequence[str]) -> None:
     from otmix.methods import parse_method
 
     methods = [parse_method(name) for name in names]
-    read = {setting for method in methods for setting in method.setting_names}
-    changed = [f.name for f in fields(Overrides) if getattr(config.set, f.name) is not None]
-    for setting in changed:
+    read = {setting for method in methods for setting in (*method.setting_names, *method.part_settings)}
+    for setting in config.set.to_dict():
         if setting not in read:
             titles = ", ".join(method.name for method in methods)
-            raise UserError(
-                f"--set.{setting} changes nothing for {titles}; `otmix methods {names[0]}` shows what can be set"
-            )
-    config.protocol_settings  # noqa: B018 (raises where a value is out of range)
+            close = difflib.get_close_matches(setting, read, n=1)
+            hint = f"did you mean --set.{close[0]}?" if close else f"`otmix methods {names[0]}` shows what can be set"
+            raise UserError(f"--set.{setting} changes nothing for {titles}; {hint}")
+    for method in methods:
+        method.protocol(config.protocol, config.set)  # raises where a value is out of range
+        for key, known in method.part_settings.items():
+            if key in config.set.parts:
+                known.convert(config.set.parts[key], f"--set.{key}")

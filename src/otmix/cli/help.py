@@ -19,7 +19,7 @@ def overview(commands: Mapping[str, Callable[..., object]], version: str) -> str
         "usage: otmix COMMAND ...",
         "",
         "commands:",
-        *(f"  {name:<10} {first_line(function)}" for name, function in commands.items()),
+        *(f"  {name:<12} {first_line(function)}" for name, function in commands.items()),
         "",
         "`otmix COMMAND --help` explains one.",
         "",
@@ -84,7 +84,7 @@ def _row(argument: Argument) -> Iterator[tuple[str, str]]:
         if argument.key == "set.alpha":
             yield (
                 "--set.SETTING VALUE",
-                "change one setting of the protocol, e.g. --set.alpha 1; `otmix methods otmix` lists them",
+                "change a setting of the method, e.g. --set.alpha 1, --set.loss.tau 2; `otmix methods NAME` lists them",
             )
         return
     if argument.positional:

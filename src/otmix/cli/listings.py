@@ -123,23 +123,31 @@ def list_methods(console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from otmix.methods import ALIASES, DRW, MIXER_PARTS, Method, known_losses, parse_method
+    from otmix import methods as m
+    from otmix.losses import LOSSES
+    from otmix.mixing import PIXEL_RULES
 
-    console.print("A method's name is \\[loss]\\[-drw]\\[+mixer], e.g. ce-drw+otmix.", highlight=False)
+    grammar = "[ride-|bbn-]loss[-drw|-drs|-cbs|-srs][+mixer]"
+    console.print(f"A method's name is {grammar}, e.g. ldam-drw+otmix.", markup=False, highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("part", "title", "paper", "what it changes", "combines with"):
         table.add_column(column, overflow="fold")
-    mixers = ", ".join(f"+{mixer}" for mixer in MIXER_PARTS)
-    for loss in known_losses():
-        part = Method(loss).parts[0]
-        table.add_row(loss, part.title, part.paper, part.changes, f"-drw, {mixers}")
-    table.add_row("-drw", DRW.title, DRW.paper, DRW.changes, f"every loss, {mixers}")
-    for mixer, part in MIXER_PARTS.items():
-        table.add_row(f"+{mixer}", part.title, part.paper, part.changes, "every loss, -drw")
+    everything = "everything"
+    rows: list[tuple[str, m.Part, str]] = [(loss, m.loss_part(loss), everything) for loss in LOSSES]
+    rows += [(f"-{name}", part, "every loss, mixer and architecture") for name, part in m.REBALANCING_PARTS.items()]
+    rows += [(f"+{name}", m.mixer_part(name), "all but bbn-") for name in PIXEL_RULES]
+    others = ", ".join(f"-{name}" for name in PIXEL_RULES if name != "cutmix")
+    rows += [(f"+{name}", part, f"all but bbn-; with {others}") for name, part in m.PAIRING_PARTS.items()]
+    rows += [
+        (f"{name}-", part, "every loss, rebalancing" + (" and mixer" if name == "ride" else "; no mixer"))
+        for name, part in m.ARCHITECTURE_PARTS.items()
+    ]
+    for name, part, partners in rows:
+        table.add_row(name, part.title, part.paper, part.changes, partners)
     console.print(table)
-    short = ", ".join(f"{alias} = {canonical}" for alias, canonical in ALIASES.items())
-    console.print(f"short names: {short}", markup=False, highlight=False)
-    example = parse_method("drw+otmix")
+    short = ", ".join(f"{alias} = {canonical}" for alias, canonical in m.ALIASES.items())
+    console.print(f"short names: {short}", markup=False, highlight=False, soft_wrap=True)
+    example = m.parse_method("drw+otmix")
     console.print(f"`otmix methods {example.name}` explains {example.title}.", markup=False, highlight=False)
 
 
@@ -168,6 +176,9 @@ def explain_method(method: Method, console: Console, protocols: list[ProtocolNam
         console.print(Text(_columns(values, widths), style="bold yellow" if differs else "bold"))
         say(meaning, indent=4)
         say(source, "dim", indent=4)
+    for key, setting in method.part_settings.items():
+        console.print(Text(f"{key}  {_plain(setting.default)}", style="bold"))
+        say(setting.meaning, indent=4)
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:

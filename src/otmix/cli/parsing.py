@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
 from otmix.config import RunConfig
 from otmix.errors import UserError
-from otmix.protocols import Overrides
+from otmix.protocols import Overrides, Protocol
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
+GROUP_OF_SET = "method"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     flags: dict[str, str | bool] = {}
     for file in typed.files or _implied_files(command, typed.flags):
         flags |= _read_config(file, arguments)
-    found = _converted(command, arguments, flags | typed.flags, typed.positional)
+    given = flags | typed.flags
+    parts = {key.removeprefix("set."): value for key, value in given.items() if key.count(".") == 2}
+    found = _converted(command, arguments, {key: given[key] for key in given if key.count(".") < 2}, typed.positional)
     own = [argument for argument in arguments if argument.group == OWN]
     positional = tuple(found[argument.key] for argument in own if argument.positional)
     named = {argument.key: found[argument.key] for argument in own if not (argument.positional or argument.repeated)}
@@ -57,7 +60,7 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     if config_name is None:
         return Call(positional, named)
     chosen = {a.key: found[a.key] for a in arguments if a.group != OWN and "." not in a.key}
-    config = RunConfig(**chosen, set=Overrides(**found.get("set", {})))
+    config = RunConfig(**chosen, set=Overrides(**found.get("set", {}), parts=_in_yaml(parts)))
     return Call(positional, {**named, config_name: config}, config if typed.print_config else None)
 
 
@@ -75,7 +78,7 @@ def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], 
             continue
         option, equals, value = word.partition("=")
         spelling = _spelling(option)
-        argument = known.get(spelling) or off.get(spelling)
+        argument = known.get(spelling) or off.get(spelling) or _of_a_part(option, known)
         if argument is None and spelling not in map(_spelling, special):
             raise _unknown_flag(command, option, [*(a.option for a in known.values()), *off, *special])
         if spelling == _spelling(PRINT_CONFIG):
@@ -95,6 +98,14 @@ def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], 
             else:
                 typed.flags[argument.key] = value
     return typed
+
+
+def _of_a_part(option: str, known: Iterable[str]) -> Argument | None:
+    """`--set.loss.tau` and the like, for commands that take `--set`: which ones there are depends on the method."""
+    key = option.removeprefix("--")
+    if not re.fullmatch(r"set\.\w+\.\w+", key) or not any(name.startswith("--set.") for name in known):
+        return None
+    return Argument(key, str, None, "", GROUP_OF_SET)
 
 
 def _spelling(option: str) -> str:
@@ -137,13 +148,22 @@ def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | b
     changed = values.get("set") or {}
     if not isinstance(changed, dict):
         raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
-    _check_keys(file, changed, {f.name for f in fields(Overrides)}, "set.")
+    own = {f.name for f in fields(Protocol)}
+    _check_keys(file, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], own, "set.")
     # a flag of its own that is called like a field of RunConfig is not meant by a run's record
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
     flat = values | {f"set.{key}": value for key, value in changed.items()}
-    return {
+    read = {
         key: _as_typed(file, taken[key], value) for key, value in flat.items() if key in taken and value is not None
     }
+    return read | {key: str(value) for key, value in flat.items() if key.count(".") == 2}
+
+
+def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
+    """Texts as the values that YAML takes them for, so that a run's record says `2.0`, not `'2'`."""
+    import yaml
+
+    return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in parts.items()}
 
 
 def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:

@@ -34,7 +34,7 @@ def preview(
     out: Path = Path("preview.png"),
     imports: list[Path],
 ) -> int:
-    """Draw foregrounds pasted into random backgrounds, and into those that transport chooses.
+    """Draw foregrounds pasted into random backgrounds, and into those transport chooses.
 
     Transport compares images by the features of a model: that of --run, or else the backbone, pretrained where weights
     can be had. Without a run there is no confusion between classes yet, so the cost is that of the first epoch.

@@ -6,7 +6,7 @@ from otmix.data.decoding import IMAGE_ENDINGS, decode
 from otmix.data.longtail import choose_subset, long_tail_counts, split_by_class
 from otmix.data.resizing import SMALL, to_square
 from otmix.data.sources import ArraySource, FileSource, ImageSource, items_of
-from otmix.data.stores import ImageStore, ResidentStore, WorkerStore, open_store
+from otmix.data.stores import HeldStore, ImageStore, ResidentStore, WorkerStore, open_store
 
 __all__ = [
     "DEFAULT_IMBALANCE",
@@ -14,6 +14,7 @@ __all__ = [
     "SMALL",
     "ArraySource",
     "FileSource",
+    "HeldStore",
     "ImageDataset",
     "ImageSource",
     "ImageStore",

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from otmix.data.resizing import to_square
+from otmix.data.resizing import side_needed, to_square
+from otmix.randomness import derive_seed
 
 
 def draw_shift_flip(n: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -118,3 +119,29 @@ def prepare(image: Tensor, size: int, augmentation: WindowFlip | None, generator
     if augmentation is None or generator is None:
         return to_square(image, size)
     return augmentation.apply(image, augmentation.draw(image.shape[1], image.shape[2], generator))
+
+
+@dataclass(frozen=True)
+class View:
+    """How images of any size become those of a batch: by random windows, or without a seed as evaluation sees them."""
+
+    channels: int
+    image_size: int
+    augmentation: WindowFlip | None
+
+    @property
+    def at_least(self) -> int | None:
+        """The shorter side that images are read with: one for all requests, so that one decoded copy serves them."""
+        evaluation = side_needed(self.image_size)
+        if evaluation is None or self.augmentation is None:
+            return evaluation
+        return max(evaluation, self.augmentation.side_needed)
+
+    def empty(self, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """Room for uint8 `[n,C,S,S]`."""
+        return torch.empty(n, self.channels, self.image_size, self.image_size, dtype=torch.uint8, device=device)
+
+    def one(self, image: Tensor, place: int, seed: int | None) -> Tensor:
+        """uint8 `[C,S,S]`; each image has its own generator from (seed, place in the batch)."""
+        random = None if seed is None else torch.Generator().manual_seed(derive_seed(seed, "window", place))
+        return prepare(image, self.image_size, self.augmentation, random)

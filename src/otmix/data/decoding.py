@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +27,16 @@ Progress = Callable[[int, int], None]
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
 _BLOCK = 32  # files per task: a task costs as much as decoding a thumbnail
+_GLANCE = 64  # pixels of the shorter side that are enough to know whether a file can be read
 
 
 def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> Tensor:
     """The first frame of an image file, uint8 `[channels,H,W]` with 3 (RGB) or 1 (grey, ITU-R 601) channels.
 
     It is turned upright as its EXIF says; transparent pixels are laid on white; 16-bit values v become round(v / 257).
-    With `at_least`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, its shorter side still that long: several times
-    faster on photographs. Raises UserError that names the file when it cannot be read.
+    With `at_least`, it comes reduced by a whole number, its shorter side still that long: a JPEG by 2, 4 or 8 while it
+    is decoded, which is several times faster on photographs, and what is left to do by averages over squares. Raises
+    UserError that names the file when it cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -42,7 +45,7 @@ def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> 
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
-            pixels = _pixels(_upright(image), channels)
+            pixels = _pixels(_upright(image), channels, at_least)
     except (*_BROKEN, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
         raise UserError(
@@ -59,7 +62,7 @@ def _upright(image: Image) -> Image:
     return image
 
 
-def _pixels(image: Image, channels: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+def _pixels(image: Image, channels: int, at_least: int | None) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
     """`[H,W,channels]`, writable."""
     from PIL import Image
 
@@ -74,32 +77,51 @@ def _pixels(image: Image, channels: int) -> np.ndarray[tuple[int, int, int], np.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if channels == 1 else "RGB"
-    pixels = np.array(image if image.mode == mode else image.convert(mode))
+    image = image if image.mode == mode else image.convert(mode)
+    if (factor := _reduction(image.size, at_least)) > 1:
+        image = image.reduce(factor)
+    pixels = np.array(image)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def shorter_side(path: str | Path) -> int | None:
-    """Pixels of the shorter side, from the file's header alone; None where there is no readable header."""
+def _reduction(size: tuple[int, int], at_least: int | None) -> int:
+    return 1 if at_least is None else max(1, min(size) // at_least)
+
+
+def size_of(path: str | Path, at_least: int | None = None) -> tuple[int, int] | None:
+    """The two sides that `decode` gives, in either order, from the file's header alone; None where it has no readable
+    one."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return min(image.size)
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            factor = _reduction(image.size, at_least)
+            return -(-image.width // factor), -(-image.height // factor)
     except (*_BROKEN, Image.DecompressionBombError):
         return None
 
 
 def in_threads(task: Callable[[int], None], n: int, progress: Progress | None = None) -> None:
     """`task(i)` for i < n, on all cores in blocks of neighbours. The first error by place in the sequence is raised."""
+    threads = min(16, os.cpu_count() or 1)
+    size = max(1, min(_BLOCK, n // (4 * threads)))  # a few large files must occupy all threads too
+    stop = threading.Event()
 
     def block(start: int) -> None:
-        for i in range(start, min(start + _BLOCK, n)):
+        for i in range(start, min(start + size, n)):
+            if stop.is_set():
+                return
             task(i)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for number, _ in enumerate(pool.map(block, range(0, n, _BLOCK)), start=1):
-            if progress is not None:
-                progress(min(number * _BLOCK, n), n)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for number, _ in enumerate(pool.map(block, range(0, n, size)), start=1):
+                if progress is not None:
+                    progress(min(number * size, n), n)
+        finally:
+            stop.set()  # after an error or Ctrl-C nobody waits for the rest of the blocks
 
 
 def find_unreadable(
@@ -110,7 +132,7 @@ def find_unreadable(
 
     def check(i: int) -> None:
         try:
-            decode(root / paths[i], channels)
+            decode(root / paths[i], channels, _GLANCE)  # every byte is read, but few pixels are made
         except UserError as error:
             reasons[i] = str(error.__cause__)
 

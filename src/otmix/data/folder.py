@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from otmix.data.decoding import IMAGE_ENDINGS, shorter_side
+from otmix.data.decoding import IMAGE_ENDINGS, size_of
 from otmix.data.resizing import SMALL
 from otmix.data.sources import FileSource, RawData, average_channels
 from otmix.errors import UserError
@@ -23,8 +24,8 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     """`root/train/<class>/…` with `test/`, `val/` or both, or one tree `root/<class>/…` (then `test` is None).
 
     Classes are the sorted names of the folders; inside them images are found at any depth and sorted by path. Hidden
-    files and files with other endings are passed over. Raises UserError for a path that is no folder, fewer than two
-    classes, a class folder without images, and a class of `test/` or `val/` that `train/` lacks.
+    files are passed over, and files with other endings, which a note counts. Raises UserError for a path that is no
+    folder, fewer than two classes, a class folder without images, and a class of `test/` or `val/` that `train/` lacks.
     """
     root = Path(root)
     if not root.is_dir():
@@ -37,10 +38,11 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
         raise UserError(
             f"{root} has {beside[0]}/ but no train/<class>/ folders; put the training images of each class there"
         )
+    others: Counter[str] = Counter()
     if train_folder is None or not visible_folders(train_folder):
-        train = _scan(root, root)
+        train = _scan(root, root, others)
         _require_two(root, train)
-        return _raw(root, channels, train, None, None, _stray(root))
+        return _raw(root, channels, train, None, None, [*_stray(root), *_passed_over(others)])
     test_folder = next((parts[name] for name in _TEST if name in parts), None)
     validation_folder = next((parts[name] for name in _VALIDATION if name in parts), None)
     notes = _stray(train_folder)
@@ -49,10 +51,11 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
         notes.append(
             f"Only {test_folder.name}/ stands beside train/: it is the held-out test split, so choose no setting by it."
         )
-    train = _scan(train_folder, root)
+    train = _scan(train_folder, root, others)
     _require_two(train_folder, train)
-    test = None if test_folder is None else _scan(test_folder, root)
-    validation = None if validation_folder is None else _scan(validation_folder, root)
+    test = None if test_folder is None else _scan(test_folder, root, others)
+    validation = None if validation_folder is None else _scan(validation_folder, root, others)
+    notes += _passed_over(others)
     for folder, found in ((test_folder, test), (validation_folder, validation)):
         if folder is None or found is None:
             continue
@@ -68,9 +71,9 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
 def choose_image_size(source: FileSource, sample: int = 512) -> int:
     """The median shorter side where that is small (<= 64 px), else 224; from `sample` files' headers."""
     step = max(1, len(source) // sample)
-    sides = [shorter_side(source.root / path) for path in source.paths[::step][:sample]]
-    known = [side for side in sides if side is not None]
-    size = round(median(known)) if known else LARGE_SIZE
+    sizes = [size_of(source.root / path) for path in source.paths[::step][:sample]]
+    sides = [min(size) for size in sizes if size is not None]
+    size = round(median(sides)) if sides else LARGE_SIZE
     return size if size <= SMALL else LARGE_SIZE
 
 
@@ -86,25 +89,48 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (100,000 Paths are slow)
+
+
 def _is_image(name: str) -> bool:
-    return not _hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_ENDINGS  # noqa: PTH122 (100,000 Paths are slow)
+    return not _hidden(name) and _ending(name) in IMAGE_ENDINGS
 
 
-def _scan(folder: Path, root: Path) -> dict[str, list[str]]:
+def images_below(folder: Path, others: Counter[str] | None = None) -> list[str]:
+    """Paths relative to `folder`, with forward slashes, of the images at any depth, sorted; what is hidden is left out.
+
+    Links are followed, but no folder is visited twice. `others` counts the other files by their endings.
+    """
+    paths: list[str] = []
+    visited = {folder.resolve()}
+    for directory, below, files in os.walk(folder, followlinks=True):
+        here = Path(directory)
+        kept = []
+        for name in sorted(below):
+            if not _hidden(name) and (real := (here / name).resolve()) not in visited:
+                visited.add(real)
+                kept.append(name)
+        below[:] = kept
+        inside = "" if here == folder else f"{here.relative_to(folder).as_posix()}/"
+        paths += [f"{inside}{name}" for name in files if _is_image(name)]
+        if others is not None:
+            others.update(_ending(name) for name in files if not _hidden(name) and not _is_image(name))
+    return sorted(paths)
+
+
+def _scan(folder: Path, root: Path, others: Counter[str]) -> dict[str, list[str]]:
     """Class name -> sorted paths of its images relative to `root`."""
     classes = {}
     for class_folder in visible_folders(folder):
-        paths = []
-        for directory, below, files in os.walk(class_folder, followlinks=True):
-            below[:] = [name for name in below if not _hidden(name)]
-            inside = Path(directory).relative_to(root).as_posix()
-            paths += [f"{inside}/{name}" for name in files if _is_image(name)]
+        inside = class_folder.relative_to(root).as_posix()
+        paths = [f"{inside}/{path}" for path in images_below(class_folder, others)]
         if not paths:
             endings = " ".join(sorted(IMAGE_ENDINGS))
             raise UserError(
                 f"the class folder {class_folder} holds no image ({endings}); add images to it or remove the folder"
             )
-        classes[class_folder.name] = sorted(paths)
+        classes[class_folder.name] = paths
     if not classes:
         raise UserError(f"{folder} holds no class folder; put the images of each class into a folder of their own")
     return classes
@@ -120,6 +146,15 @@ def _require_two(folder: Path, classes: dict[str, list[str]]) -> None:
 def _stray(folder: Path) -> list[str]:
     stray = sum(entry.is_file() and _is_image(entry.name) for entry in folder.iterdir())
     return [f"Images directly in {folder.name}/ belong to no class and are passed over: {stray}."] if stray else []
+
+
+def _passed_over(others: Counter[str]) -> list[str]:
+    """Half of the pictures may be in a format that is not read, and nobody would know."""
+    if not others:
+        return []
+    listed = ", ".join(f"{n:,} {ending or 'without an ending'}" for ending, n in others.most_common(5))
+    more = f" and {len(others) - 5} other endings" if len(others) > 5 else ""
+    return [f"Files that are not read as images are passed over: {listed}{more}."]
 
 
 def _listed(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from otmix.data.decoding import decode
+from otmix.data.decoding import decode, size_of
 from otmix.errors import UserError
 from otmix.types import Items
 
@@ -28,6 +28,10 @@ class ImageSource(Protocol):
 
     def read(self, index: int, at_least: int | None = None) -> Tensor:
         """Image `index` as uint8 `[C,H,W]` at its own size, or smaller where it has a shorter side >= `at_least`."""
+        ...
+
+    def nbytes(self, index: int, at_least: int | None = None) -> int:
+        """Bytes of what `read` gives, known without decoding; 0 for a broken image."""
         ...
 
     def name_of(self, index: int) -> str:
@@ -73,6 +77,9 @@ class ArraySource:
     def read(self, index: int, at_least: int | None = None) -> Tensor:
         return self.images[index]
 
+    def nbytes(self, index: int, at_least: int | None = None) -> int:
+        return self.images[index].nbytes
+
     def name_of(self, index: int) -> str:
         assert self.numbers is not None  # set in __post_init__
         return f"{self.prefix}/{int(self.numbers[index])}"
@@ -104,6 +111,10 @@ class FileSource:
 
     def read(self, index: int, at_least: int | None = None) -> Tensor:
         return decode(self.root / self.paths[index], self.channels, at_least)
+
+    def nbytes(self, index: int, at_least: int | None = None) -> int:
+        size = size_of(self.root / self.paths[index], at_least)
+        return 0 if size is None else self.channels * size[0] * size[1]
 
     def name_of(self, index: int) -> str:
         return self.paths[index]

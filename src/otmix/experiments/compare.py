@@ -84,18 +84,19 @@ def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> 
         raise UserError(
             "a comparison makes a folder for each run; name the one that they are all put into with --runs, not --out"
         )
-    base.protocol_settings  # noqa: B018 (raises where a setting is out of range)
     chosen = list(dict.fromkeys(parse_method(name) for name in methods))
     if not chosen:
         raise UserError(
             "name at least one method to compare, e.g. `otmix compare erm cmo otmix`; `otmix methods` lists them all"
         )
+    for method in chosen:
+        method.protocol(base.protocol, base.set)  # raises where a setting is out of range
     return chosen
 
 
 def _training_order(method: Method) -> tuple[bool, bool]:
     """Baselines first: without a mixer, without re-weighting."""
-    return method.mixer is not None, method.drw
+    return method.mixer is not None, method.rebalancing is not None
 
 
 def _place_in(chosen: Sequence[Method]) -> Callable[[tuple[str, int]], tuple[int, int]]:
@@ -104,7 +105,10 @@ def _place_in(chosen: Sequence[Method]) -> Callable[[tuple[str, int]], tuple[int
 
 
 def _config(base: RunConfig, method: Method, seed: int, folder: Path) -> RunConfig:
-    config = replace(base, method=method.name, seed=seed, out=None, resume=True)
+    # settings of a part that this method has not are meant for another one of the comparison
+    parts = {key: value for key, value in base.set.parts.items() if key in method.part_settings}
+    changed = replace(base.set, parts=parts)
+    config = replace(base, method=method.name, seed=seed, out=None, resume=True, set=changed)
     return replace(config, out=str(default_run_dir(config, folder)))
 
 

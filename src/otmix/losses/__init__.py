@@ -7,12 +7,16 @@ from typing import TypeVar
 
 from otmix.losses.balanced_softmax import BalancedSoftmax
 from otmix.losses.base import Criterion, Head, Reduction
+from otmix.losses.bayias import Bayias
 from otmix.losses.class_balanced import ClassBalancedFocal, ClassBalancedSigmoid, ClassBalancedSoftmax
 from otmix.losses.cross_entropy import CrossEntropy
 from otmix.losses.focal import Focal
+from otmix.losses.ib import IB
+from otmix.losses.lade import LADE
 from otmix.losses.ldam import LDAM
 from otmix.losses.logit_adjustment import LogitAdjustment
 from otmix.losses.reweighting import DeferredReweighting, effective_number_weights
+from otmix.losses.ride import RIDE
 
 LOSSES: dict[str, type[Criterion]] = {
     "ce": CrossEntropy,
@@ -23,6 +27,9 @@ LOSSES: dict[str, type[Criterion]] = {
     "cb-focal": ClassBalancedFocal,
     "balanced-softmax": BalancedSoftmax,
     "logit-adjustment": LogitAdjustment,
+    "bayias": Bayias,
+    "ib": IB,
+    "lade": LADE,
 }
 
 _C = TypeVar("_C", bound=type[Criterion])
@@ -41,9 +48,13 @@ def register_loss(name: str) -> Callable[[_C], _C]:
 
 
 __all__ = [
+    "IB",
+    "LADE",
     "LDAM",
     "LOSSES",
+    "RIDE",
     "BalancedSoftmax",
+    "Bayias",
     "ClassBalancedFocal",
     "ClassBalancedSigmoid",
     "ClassBalancedSoftmax",

@@ -22,6 +22,10 @@ class Criterion(nn.Module):
     """
 
     head: ClassVar[Head] = "linear"
+    own_steps: tuple[tuple[float, float], ...] | None = None
+    """Steps of the learning rate that belong to the loss, (share of the run, factor from there on) in rising order;
+    where set they replace those of the recipe.
+    """
 
     def __init__(self, counts: ClassCounts) -> None:
         super().__init__()

@@ -19,19 +19,14 @@ from otmix.losses.base import Criterion, Head
 from otmix.losses.reweighting import effective_number_weights
 from otmix.types import ClassCounts, Output
 
-
-def sigmoid_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each class against all others, summed over the classes, per image: `[B,K]`, `[B]` ->
-    `[B]`.
-
-    −log σ(z_y) − Σ_{k≠y} log(1 − σ(z_k)) = Σ_k softplus(z_k) − z_y.
-    """
-    return F.softplus(logits).sum(1) + F.nll_loss(logits, labels, reduction="none")  # nll_loss is −z_y in one operation
+# log1p, which softplus is made of, ends in its AVX-512 build with a masked load of -0.0. As long as nothing has asked
+# for the page of memory where that lies, the processor stumbles over it in every call, and takes 20 times as long.
+torch.log1p(torch.full((16,), -0.0))
 
 
 def weighted_sigmoid_focal(logits: Tensor, labels: Tensor, weight: Tensor, gamma: float = 1.0) -> Tensor:
-    """The same with each class's term times (1 − p_t)^γ, p_t being the probability given to the truth about that class,
-    and the sum times `weight [K]` of the label: `[B]`.
+    """Binary cross-entropy of each class against all others, each times (1 − p_t)^γ, p_t being the probability given to
+    the truth about that class, summed over the classes, and times `weight [K]` of the label: `[B,K]`, `[B]` -> `[B]`.
 
     w_y · Σ_k σ(t_k)^γ softplus(t_k), where t is z with the true class's sign turned. Differentiable once.
     """
@@ -50,13 +45,15 @@ class _WeightedSigmoidFocal(torch.autograd.Function):
         turned = logits.scatter(1, y, -1.0, reduce="multiply")
         terms = F.softplus(turned)
         doubt = turned.sigmoid_()
-        modulator = doubt if gamma == 1 else doubt**gamma
-        loss = terms.mul_(modulator).sum(1).mul_(w)
-        if ctx.needs_input_grad[0]:
+        if gamma == 0:
+            loss, slope = terms.sum(1), doubt
+        else:
+            modulator = doubt if gamma == 1 else doubt**gamma
+            loss = terms.mul_(modulator).sum(1)
             # with L = σ^γ softplus(t), dL/dt = γL + σ (σ^γ − γL): no negative power of σ, so never 0/0
             slope = (terms if gamma == 1 else terms.mul_(gamma)).lerp_(modulator, doubt)
-            ctx.save_for_backward(slope.scatter_(1, y, -1.0, reduce="multiply"), w)
-        return loss
+        ctx.save_for_backward(slope.scatter_(1, y, -1.0, reduce="multiply"), w)
+        return loss.mul_(w)
 
     @staticmethod
     @once_differentiable
@@ -79,6 +76,9 @@ class ClassBalancedSoftmax(_ClassBalanced):
 
     A batch's loss is divided by the number of its images, as in the paper's code, not by the sum of its weights. Raises
     UserError for a β outside [0, 1).
+
+    Args:
+        beta: of the effective number (1 - b^n) / (1 - b) of a class's images (Cui et al.'s script: 0.9999).
     """
 
     def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
@@ -89,12 +89,16 @@ class ClassBalancedSigmoid(_ClassBalanced):
     """w_y · Σ_k BCE(σ(z_k), [k = y]), on a head whose bias begins at −log(K−1) and is not decayed.
 
     Raises UserError for a β outside [0, 1).
+
+    Args:
+        beta: of the effective number (1 - b^n) / (1 - b) of a class's images (Cui et al.'s script: 0.9999).
     """
 
     head: ClassVar[Head] = "sigmoid"
+    gamma = 0.0
 
     def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
-        return self.weight.index_select(0, labels) * sigmoid_cross_entropy(output.logits.float(), labels)
+        return weighted_sigmoid_focal(output.logits.float(), labels, self.weight, self.gamma)
 
     def probabilities(self, output: Output) -> Tensor:
         """σ(z_k) / Σ_l σ(z_l), `[B,K]`.
@@ -110,6 +114,10 @@ class ClassBalancedFocal(ClassBalancedSigmoid):
     """w_y · Σ_k (1 − p_t)^γ BCE(σ(z_k), [k = y]): the sigmoid form, unlike `focal`; γ = 1 as in the paper's script.
 
     Raises UserError for a β outside [0, 1) or a negative γ.
+
+    Args:
+        beta: of the effective number (1 - b^n) / (1 - b) of a class's images (Cui et al.'s script: 0.9999).
+        gamma: exponent of 1 - p of each binary term's truth (Cui et al.'s script: 1).
     """
 
     def __init__(self, counts: ClassCounts, beta: float = 0.9999, gamma: float = 1.0) -> None:
@@ -117,6 +125,3 @@ class ClassBalancedFocal(ClassBalancedSigmoid):
         if not 0 <= gamma < math.inf:
             raise UserError(f"gamma of the class-balanced focal loss must be at least 0, it is {gamma}")
         self.gamma = gamma
-
-    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
-        return weighted_sigmoid_focal(output.logits.float(), labels, self.weight, self.gamma)

@@ -29,6 +29,10 @@ class Focal(Criterion):
     γ = 1 is the default of LDAM's code; `factor` is 10 in the copies of this loss in the codes of CMO, IB and OTmix.
     Class weights multiply the finished loss: in LDAM's code they stand inside p_y = exp(−loss), which makes it p_y^w.
     Raises UserError for a negative γ or a factor that is not positive.
+
+    Args:
+        gamma: exponent of 1 - p of the true class (LDAM's code: 1).
+        factor: constant factor of the loss (LDAM's code: 1; the codes of CMO, IB and OTmix: 10).
     """
 
     def __init__(self, counts: ClassCounts, gamma: float = 1.0, factor: float = 1.0) -> None:

@@ -36,6 +36,10 @@ class LDAM(Criterion):
     The head gives s·cos, so the margin here is s·m_c. (In LDAM's code the scale is in the loss and evaluation sees
     cosines; the numbers are the same.) Of a mix, each term has the margin of its own label. Raises UserError for a
     margin or a scale that is not positive.
+
+    Args:
+        max_margin: margin of the rarest class, in units of the cosine (LDAM's code: 0.5).
+        scale: s of the normed head, by which the margin is multiplied (LDAM's code: 30; the head's is 30).
     """
 
     head: ClassVar[Head] = "normed"

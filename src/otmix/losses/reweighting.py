@@ -21,8 +21,12 @@ def effective_number_weights(counts: ClassCounts, beta: float = 0.9999) -> Tenso
 class DeferredReweighting:
     """Weights of 1 until `start` (a fraction of the run's epochs), effective-number weights from there.
 
-    160 of 240 epochs in the paper's recipe (released code; 160 of 200 under LDAM's). Stateless: a function of the
-    progress.
+    Stateless: a function of the progress.
+
+    Args:
+        beta: of the effective numbers (LDAM's code: 0.9999).
+        start: share of the run from which they hold (released code: 160 of 240 epochs; 160 of 200 with --schedule
+            ldam).
     """
 
     counts: ClassCounts

@@ -1,17 +1,39 @@
-"""How the pixels and labels of paired images are mixed: drawing the randomness and applying it are two functions."""
+"""How the pixels and labels of paired images are mixed: drawing the randomness and applying it are two functions.
+
+`PIXEL_RULES` names the rules for configurations; `register_mixer` adds anyone's own.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import re
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from otmix.mixing.cutmix import CutMix
 from otmix.mixing.mixup import Mixup
+from otmix.mixing.remix import Remix
+from otmix.mixing.saliency import fine_grained_saliency, salient_peaks
+from otmix.mixing.saliencymix import SaliencyMix
 from otmix.mixing.share import leave_unmixed
+from otmix.mixing.unimix import UniMix, unimix_law
 from otmix.types import Batch, Mixed
 
-__all__ = ["CutMix", "Mixer", "Mixup", "leave_unmixed"]
+__all__ = [
+    "PIXEL_RULES",
+    "CutMix",
+    "Mixer",
+    "Mixup",
+    "Remix",
+    "SaliencyMix",
+    "UniMix",
+    "fine_grained_saliency",
+    "leave_unmixed",
+    "register_mixer",
+    "salient_peaks",
+    "unimix_law",
+]
 
 
 class Mixer(Protocol):
@@ -25,3 +47,36 @@ class Mixer(Protocol):
     def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> Any: ...
 
     def apply(self, background: Batch, foreground: Batch, drawn: Any) -> Mixed: ...
+
+
+PIXEL_RULES: dict[str, type[Mixer]] = {
+    "cutmix": CutMix,
+    "mixup": Mixup,
+    "saliencymix": SaliencyMix,
+    "remix": Remix,
+    "unimix": UniMix,
+}
+
+_M = TypeVar("_M", bound=type[Mixer])
+
+
+def register_mixer(name: str) -> Callable[[_M], _M]:
+    """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …).
+
+    Raises ValueError for a name that is taken or is not made of lower-case letters, digits and `_`, and for a class
+    that lacks `draw` or `apply`.
+    """
+    # "+" and "-" would make a method's name mean something else
+    if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None:
+        raise ValueError(f"a mixer's name is lower-case letters, digits and '_', from a letter on, not {name!r}")
+
+    def add(mixer: _M) -> _M:
+        if name in PIXEL_RULES:
+            raise ValueError(f"there is already a mixer named {name!r}")
+        missing = [method for method in ("draw", "apply") if not callable(getattr(mixer, method, None))]
+        if missing:
+            raise ValueError(f"the mixer {name!r} needs the methods draw and apply; it lacks {' and '.join(missing)}")
+        PIXEL_RULES[name] = mixer
+        return mixer
+
+    return add

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from otmix.errors import UserError
-from otmix.mixing.share import Per, check_drawn, check_settings, draw_shares, mix_of_two
+from otmix.mixing.pasting import paste
+from otmix.mixing.share import Per, check_settings, draw_shares
 from otmix.types import Batch, Mixed
 
 BoxRule = Literal["exact", "clipped"]
@@ -35,6 +37,12 @@ def exact_boxes(share: Tensor, position: Tensor, height: int, width: int) -> Ten
     return torch.from_numpy(np.concatenate((corner, extent), axis=1).astype(np.int64))
 
 
+def half_sides(share: Tensor, height: int, width: int) -> NDArray[np.float64]:
+    """Half the sides of the released code's boxes, `[n,2]`: H√(1−λ) and W√(1−λ) are rounded down, and so are halves."""
+    sides: NDArray[np.float64] = np.sqrt(1.0 - share.numpy())[:, None] * np.array((height, width))
+    return np.floor(np.floor(sides) / 2.0)
+
+
 def clipped_boxes(share: Tensor, position: Tensor, height: int, width: int) -> Tensor:
     """The released code's boxes: their centre is a uniform pixel, and what leaves the image is cut off.
 
@@ -42,7 +50,7 @@ def clipped_boxes(share: Tensor, position: Tensor, height: int, width: int) -> T
     smaller than 1 − λ: on 32×32 with α = 4, backgrounds keep .69 of the image on average instead of .5.
     """
     size = np.array((height, width))
-    half = np.floor(np.sqrt(1.0 - share.numpy())[:, None] * size) // 2.0
+    half = half_sides(share, height, width)
     centre = np.minimum(np.floor(position.numpy() * size), size - 1.0)
     low = np.maximum(centre - half, 0.0)
     high = np.minimum(centre + half, size)
@@ -53,9 +61,12 @@ def clipped_boxes(share: Tensor, position: Tensor, height: int, width: int) -> T
 class CutMix:
     """Paste a rectangle of each foreground at the same place of its background.
 
-    `alpha`: λ ~ Beta(α, α) is the background's share (paper: 4). `box`: "exact" (the paper's eq. 11) or "clipped" (the
-    released code). `per`: one box for the whole batch (the released code), or one for each image. Raises UserError for
-    an alpha that is not above 0.
+    λ ~ Beta(α, α) is the background's share. Raises UserError for an alpha that is not above 0.
+
+    Args:
+        alpha: the background's share is Beta(alpha, alpha) (OTmix: 4; CutMix's code: 1).
+        box: exact, wholly inside and of the share's area (OTmix, eq. 11), or clipped (the released codes).
+        per: one box for the whole batch, or one for each image (the released codes: batch).
     """
 
     alpha: float = 4.0
@@ -75,30 +86,5 @@ class CutMix:
         return (exact_boxes if self.box == "exact" else clipped_boxes)(share, position, height, width)
 
     def apply(self, background: Batch, foreground: Batch, drawn: Tensor) -> Mixed:
-        """Paste `foreground` onto the `background` it is paired with, in the boxes of `draw`.
-
-        The shares of image and labels are those of the pixels really pasted: what of a box leaves the image counts for
-        nothing. The inputs stay as they are. Raises ValueError where the batches are not paired, or `drawn` does not
-        fit them.
-        """
-        images = background.images
-        height, width = images.shape[-2:]
-        check_drawn(background, foreground, len(drawn))
-        if len(drawn) == 1:
-            top, left, box_height, box_width = drawn[0].tolist()
-            bottom, right = max(top + box_height, 0), max(left + box_width, 0)
-            place = (..., slice(max(top, 0), bottom), slice(max(left, 0), right))
-            patch = foreground.images[place]
-            pasted = images.clone()
-            pasted[place] = patch
-            pasted_share = patch.shape[-2] * patch.shape[-1] / (height * width)
-            share = torch.full((1,), 1.0 - pasted_share, dtype=torch.float32, device=images.device)
-        else:
-            tops, lefts, heights, widths = drawn.to(images.device, non_blocking=True)[:, :, None].unbind(1)
-            y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-            rows, columns = (y >= tops) & (y < tops + heights), (x >= lefts) & (x < lefts + widths)
-            # numbers, not truth values: lerp with weights 0 and 1 copies exactly, and many times faster than where
-            inside = rows.to(images.dtype)[:, None, :, None] * columns.to(images.dtype)[:, None, None, :]
-            pasted = torch.lerp(images, foreground.images, inside)
-            share = 1.0 - (rows.sum(1) * columns.sum(1)).float() / (height * width)
-        return mix_of_two(pasted, background, foreground, share)
+        """Paste `foreground` onto the `background` it is paired with, in the boxes of `draw`: see `paste`."""
+        return paste(background, foreground, drawn)

@@ -11,11 +11,27 @@ from otmix.mixing.share import Per, check_drawn, check_settings, draw_shares, mi
 from otmix.types import Batch, Mixed
 
 
+def blend(background: Batch, foreground: Batch, share: Tensor, label_share: Tensor | None = None) -> Mixed:
+    """`share` of each background plus the rest of its foreground; the labels in the same shares, or in `label_share`.
+
+    Both float32 `[1]` for all images or `[B]`, on the device of the images. The inputs stay as they are. Raises
+    ValueError where the batches are not paired, or there are not as many shares.
+    """
+    check_drawn(background, foreground, len(share))
+    images = background.images
+    blended = torch.lerp(foreground.images, images, share.to(images.dtype)[:, None, None, None])
+    return mix_of_two(blended, background, foreground, share, label_share)
+
+
 @dataclass(frozen=True)
 class Mixup:
     """x̃ = λ x_background + (1 − λ) x_foreground, with λ ~ Beta(α, α), one for the whole batch or one for each image.
 
     Raises UserError for an alpha that is not above 0.
+
+    Args:
+        alpha: the background's share is Beta(alpha, alpha) (Mixup's code: 1 on CIFAR).
+        per: one share for the whole batch, or one for each image (Mixup's code: batch).
     """
 
     alpha: float = 1.0
@@ -33,8 +49,4 @@ class Mixup:
 
         The inputs stay as they are. Raises ValueError where the batches are not paired, or `drawn` does not fit.
         """
-        images = background.images
-        check_drawn(background, foreground, len(drawn))
-        share = drawn.to(images.device, torch.float32, non_blocking=True)
-        blended = torch.lerp(foreground.images, images, share.to(images.dtype)[:, None, None, None])
-        return mix_of_two(blended, background, foreground, share)
+        return blend(background, foreground, drawn.to(background.images.device, torch.float32, non_blocking=True))

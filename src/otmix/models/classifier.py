@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class Classifier(nn.Module):
     """Normalise → backbone (with its pooling) → head. Images are `[B,C,H,W]`, float in [0, 1].
 
     `backbone` maps normalised images to pooled features `[B,feature_dim]`, `head` maps these to logits
-    `[B,num_classes]`.
+    `[B,num_classes]`. `streams` is how many batches of equal size, one after another, a forward in train mode takes.
     """
+
+    streams: ClassVar[int] = 1
 
     def __init__(
         self, normalise: nn.Module, backbone: nn.Module, head: nn.Module, *, feature_dim: int, num_classes: int
@@ -72,11 +74,14 @@ class Classifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that must not be decayed, as the head and (in timm's way) the backbone list them."""
+        parts = (("backbone", self.backbone), ("head", self.head))
         # timm's lists name tokens that the model at hand may be without.
-        return set(self._exempt()) & dict(self.named_parameters()).keys()
+        return set(spared_from_decay(parts)) & dict(self.named_parameters()).keys()
 
-    def _exempt(self) -> Iterator[str]:
-        for prefix, part in (("backbone", self.backbone), ("head", self.head)):
-            names = getattr(part, "no_weight_decay", ())
-            for name in names() if callable(names) else names:
-                yield f"{prefix}.{name}"
+
+def spared_from_decay(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
+    """What the `no_weight_decay` of each named part lists: a set in our heads, a method in timm's models and ours."""
+    for prefix, part in parts:
+        names = getattr(part, "no_weight_decay", ())
+        for name in names() if callable(names) else names:
+            yield f"{prefix}.{name}"

@@ -38,20 +38,21 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """`images [B,C,H,W]` (normalised) to pooled features `[B,64]`; sides are quartered, rounding up (32 → 8, 8 → 2)."""
+    """`images [B,C,H,W]` (normalised) to pooled features `[B,widths[2]]`; sides are quartered, rounding up (32 → 8, 8 →
+    2). Each width is that of a stage, and exceeds the one before by an even number or nothing.
+    """
 
-    feature_dim = WIDTHS[-1]
-
-    def __init__(self, depth: int, channels: int = 3) -> None:
+    def __init__(self, depth: int, channels: int = 3, widths: tuple[int, int, int] = WIDTHS) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"a ResNet for small images has depth 6n + 2 with n >= 1 (8, 20, 32, …), not {depth}")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.feature_dim = widths[2]
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[0], blocks, stride=1)
+        self.layer2 = _stage(widths[0], widths[1], blocks, stride=2)
+        self.layer3 = _stage(widths[1], widths[2], blocks, stride=2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)

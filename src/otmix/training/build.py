@@ -15,10 +15,11 @@ from otmix.errors import UserError
 from otmix.models import Classifier
 from otmix.randomness import derive_seed
 from otmix.sampling import BackgroundStream, ForegroundStream
+from otmix.training.confusion_setup import build_confusion_source, fixed_confusion
 from otmix.training.launch import lightning_quietly
 from otmix.training.loop import RunState
 from otmix.training.reporter import Reporter
-from otmix.training.setup import Forward, Plan, build_confusion_source, build_optimizer, embed_maker
+from otmix.training.setup import Forward, Plan, build_optimizer, embed_maker
 from otmix.training.stage import StepState
 from otmix.training.tally import Tally
 from otmix.training.watching import watch, watched_splits
@@ -55,8 +56,9 @@ def build_run(
     world = fabric.world_size
     if (len(dataset.train) % stage.background_batch or stage.background_batch) <= world:
         side = dataset.image_size
-        _try_one_image(model, torch.zeros(1, dataset.channels, side, side, device=fabric.device))
+        _try_one_image(model, torch.zeros(plan.model.streams, dataset.channels, side, side, device=fabric.device))
     source = build_confusion_source(plan, fabric, store)
+    confusion = before.confusion if before is not None else fixed_confusion(plan, fabric, store)
     labels = dataset.train.labels
     foreground = (
         None if stage.foreground_probability is None else ForegroundStream(labels, stage.foreground_probability, world)
@@ -80,7 +82,7 @@ def build_run(
         module=wrapped,
         optimizer=optimizer,
         store=store,
-        background=BackgroundStream(labels, stage.background_batch, world),
+        background=BackgroundStream(labels, stage.background_batch, world, stage.background_law),
         foreground=foreground,
         confusion_source=source,
         tally=before.tally if before is not None else Tally(dataset.counts.num_classes, fabric.device),
@@ -89,7 +91,7 @@ def build_run(
         checkpoint_minutes=config.checkpoint_minutes,
         history=before.history if before is not None else [],
         best=before.best if before is not None else None,
-        confusion=before.confusion if before is not None else None,
+        confusion=confusion,
     )
 
 

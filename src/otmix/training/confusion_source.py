@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from otmix.confusion import ConfusionCounter
 from otmix.data import ImageStore
-from otmix.models import embed
+from otmix.losses import Criterion
+from otmix.models import Classifier, embed
 from otmix.protocols import Protocol
 from otmix.randomness import generator
 from otmix.training.processes import summed
@@ -39,6 +40,7 @@ class ConfusionSource:
     store: ImageStore | None = None
     items: Items | None = None
     batch_size: int = 512
+    perturb: Callable[[Confusion], Confusion] = lambda confusion: confusion
 
     @property
     def streamed(self) -> bool:
@@ -46,19 +48,24 @@ class ConfusionSource:
 
     def estimate(self, state: StepState, previous: Confusion | None) -> Confusion | None:
         """The new F, the same on all processes; the previous one where nothing has been counted."""
+        return self.estimate_with(state.model, state.criterion) or previous
+
+    def estimate_with(self, model: Classifier, criterion: Criterion) -> Confusion | None:
+        """F of any model and the loss it was trained with; None where nothing has been counted."""
         if self.store is not None and self.items is not None:
             mine = self.items[self.fabric.global_rank :: self.fabric.world_size]
             for batch in self.store.stream(in_batches(mine, self.batch_size)):
                 seen = embed(
-                    state.model,
+                    model,
                     batch.images,
                     batch.items,
                     autocast=self.autocast,
-                    probabilities=state.criterion.probabilities,
+                    probabilities=criterion.probabilities,
                 )
                 assert seen.log_probabilities is not None
                 self.counter.add(seen.items.labels, seen.log_probabilities)
-        return self.counter.estimate(summed(self.fabric)) or previous
+        found = self.counter.estimate(summed(self.fabric))
+        return None if found is None else self.perturb(found)
 
     def autocast(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.fabric.autocast()
@@ -72,14 +79,14 @@ def in_batches(items: Items, size: int) -> Iterator[tuple[Items, int | None]]:
 
 def confusion_origin(protocol: Protocol, has_validation: bool) -> ConfusionOrigin:
     """Which data `protocol.confusion_from` means here."""
-    soft, source = protocol.confusion_soft, protocol.confusion_from
+    soft, source, adaptive = protocol.confusion_soft, protocol.confusion_from, protocol.confusion_run is None
     if source == "held-out":
         source = "validation" if has_validation else "balanced-train"
-    if source == "streamed":
-        return ConfusionOrigin("train", "streamed", None, soft)
+    if source == "streamed":  # a finished run streams nothing: it looks at all that would have been streamed
+        return ConfusionOrigin("train", "streamed" if adaptive else "all", None, soft, adaptive)
     if source == "balanced-train":
-        return ConfusionOrigin("train", "balanced", protocol.confusion_per_class, soft)
-    return ConfusionOrigin(source, "all", None, soft)
+        return ConfusionOrigin("train", "balanced", protocol.confusion_per_class, soft, adaptive)
+    return ConfusionOrigin(source, "all", None, soft, adaptive)
 
 
 def balanced_subset(labels: Tensor, counts: ClassCounts, per_class: int, seed: int) -> Items:

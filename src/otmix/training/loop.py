@@ -206,8 +206,9 @@ def write_log(run: RunState) -> None:
 def _own(run: RunState) -> dict[str, Any]:
     """What each process has by itself: its running statistics, counts and random numbers."""
     source = run.confusion_source
+    kept = run.state.model.state_dict().keys()  # without the buffers that a step sets anew
     return {
-        "buffers": {name: buffer.cpu() for name, buffer in run.state.model.named_buffers()},
+        "buffers": {name: buffer.cpu() for name, buffer in run.state.model.named_buffers() if name in kept},
         "counter": None if source is None else source.counter.table.value.cpu(),
         "tally": run.tally.state_dict(),
         "random": random_state(),
@@ -267,7 +268,9 @@ def _class_weight(run: RunState) -> Tensor | None:
 
 
 def _needs_foreground(run: RunState, moment: Moment) -> bool:
-    return run.foreground is not None and run.state.mixer is not None and run.state.mixer.needs_foreground(moment)
+    if run.foreground is None:
+        return False
+    return run.stage.both_streams or (run.state.mixer is not None and run.state.mixer.needs_foreground(moment))
 
 
 def _foregrounds(run: RunState, sizes: list[int]) -> Iterator[Batch]:

@@ -45,7 +45,7 @@ def finish(run: RunState, plan: Plan) -> None:
         "protocol": config.protocol,
         "set": config.to_dict()["set"],
         "looks_at_test": plan.protocol.looks_at_test
-        if method.mixer == "otmix"
+        if method.uses_confusion
         else plan.protocol.headline == "best-on-test",
         "headline_epoch": run.best["epoch"] if run.best is not None else config.epochs,
         "data": dataset.name,

@@ -11,10 +11,11 @@ import torch
 from otmix.config import RunConfig, default_run_dir
 from otmix.errors import UserError
 from otmix.files import read_json
-from otmix.losses import LOSSES, Criterion
+from otmix.losses import Criterion
 from otmix.methods import parse_method
 from otmix.models import Classifier, build_model
 from otmix.training.records import read_config, runs_folder
+from otmix.training.setup import architecture_of, build_criterion
 from otmix.types import ClassCounts
 
 
@@ -69,7 +70,8 @@ def open_run(run_dir: Path) -> Run:
         )
     data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
     counts = ClassCounts(torch.tensor(data["counts"]))
-    criterion = LOSSES[parse_method(config.method).loss](counts)
+    method = parse_method(config.method)
+    criterion = build_criterion(method, counts, config.set)
     assert config.backbone is not None  # a recorded configuration is filled in
     model = build_model(
         config.backbone,
@@ -78,7 +80,7 @@ def open_run(run_dir: Path) -> Run:
         image_size=data["image_size"],
         mean=data["mean"],
         std=data["std"],
-        head=criterion.head,
+        **architecture_of(method, criterion, config.set),
     )
     path = run_dir / "model.safetensors"
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from otmix.errors import UserError
+
+ScheduleName = Literal["steps", "ldam", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,28 @@ class Schedule:
 
     "steps": `factors[i]` from the share `milestones[i]` of the epochs on (paper, section 5.1: x .1, .01, .0001 from
     epochs 100, 160, 200 of 240). "cosine": half a cosine from 1 to 0, per step. `warmup`: the share of the run over
-    which the factor rises linearly first, per epoch as in LDAM's code for "steps", per step for "cosine".
+    which the factor rises linearly first, per epoch as in LDAM's code for "steps", per step for "cosine". `deferred`:
+    the share of the run from which deferred re-weighting and re-sampling take effect, unless told otherwise.
     """
 
     kind: Literal["steps", "cosine"] = "steps"
     milestones: tuple[float, ...] = (100 / 240, 160 / 240, 200 / 240)
     factors: tuple[float, ...] = (0.1, 0.01, 0.0001)
     warmup: float = 0.0
+    deferred: float = 160 / 240
+
+    @classmethod
+    def named(
+        cls, name: ScheduleName, warmup: float = 0.0, own_steps: tuple[tuple[float, float], ...] | None = None
+    ) -> Schedule:
+        """The schedule of a configuration. `own_steps` of a loss replace the milestones and factors of steps, ldam."""
+        if name == "cosine":
+            return cls("cosine", warmup=warmup)
+        base = cls(warmup=warmup) if name == "steps" else cls("steps", (0.8, 0.9), (0.01, 0.0001), warmup, 160 / 200)
+        if own_steps is None:
+            return base
+        milestones, factors = zip(*own_steps)
+        return replace(base, milestones=milestones, factors=factors)
 
     def __post_init__(self) -> None:
         if len(self.milestones) != len(self.factors) or list(self.milestones) != sorted(self.milestones):

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from otmix.config import RunConfig, with_defaults
-from otmix.confusion import ConfusionCounter
 from otmix.costs import CombinedCost
-from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset, open_store
+from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
 from otmix.errors import UserError
-from otmix.losses import LOSSES, Criterion, DeferredReweighting
-from otmix.methods import Method, parse_method
+from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
+from otmix.methods import Method, experts, parse_method
 from otmix.mixer import BatchMixer, MixSchedule
-from otmix.mixing import CutMix
+from otmix.mixing import PIXEL_RULES, Mixer
 from otmix.models import Classifier, build_model, default_backbone, embed
-from otmix.pairing import Curriculum, IndexPairing, Pairing, TransportPairing
-from otmix.protocols import Protocol
+from otmix.pairing import (
+    ConfusionPairing,
+    Curriculum,
+    IndexPairing,
+    Pairing,
+    TransportPairing,
+    WithinBatchPairing,
+)
+from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
-from otmix.sampling import effective_number, inverse_frequency
-from otmix.training.confusion_source import STREAM_DECAY, ConfusionSource, as_items, balanced_subset, confusion_origin
+from otmix.sampling import ClassSampling, effective_number, inverse_frequency
+from otmix.settings import chosen
+from otmix.training.bbn import bbn_step
+from otmix.training.confusion_source import ConfusionSource
 from otmix.training.schedules import Schedule
-from otmix.training.stage import OptimizerSettings, Stage, StepItems
-from otmix.types import Embed, Embedded, Items, Output
+from otmix.training.stage import OptimizerSettings, Stage, StepItems, mix_and_classify
+from otmix.types import ClassCounts, Embed, Embedded, Items, Output
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,15 +80,9 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
     config = with_defaults(
         replace(config, method=method.name), small=dataset.small, backbone=backbone, image_size=dataset.image_size
     )
-    if config.final_split == "validation" and dataset.validation is None:
-        raise UserError("--final-split validation needs validation images; add --validation-per-class N")
     protocol = config.protocol_settings
-    if protocol.confusion_from == "validation" and dataset.validation is None:
-        raise UserError(
-            "--set.confusion_from validation needs validation images; add --validation-per-class N, or use streamed or "
-            "balanced-train"
-        )
-    criterion = LOSSES[method.loss](dataset.counts)
+    _check_splits(config, method, protocol, dataset)
+    criterion = build_criterion(method, dataset.counts, config.set)
     assert config.backbone is not None  # with_defaults filled it in
     model = build_model(
         config.backbone,
@@ -88,17 +91,50 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
         image_size=dataset.image_size,
         mean=dataset.mean,
         std=dataset.std,
-        head=criterion.head,
         pretrained=bool(config.pretrained),
         weights=config.weights,
         seed=derive_seed(config.seed, "model"),
+        **architecture_of(method, criterion, config.set),
     )
-    if method.mixer == "otmix" and protocol.features == "official" and not model.supports_official:
+    if method.pairing == "transport" and protocol.features == "official" and not model.supports_official:
         raise UserError(
-            f"the features of protocol 'official' exist in CIFAR ResNets only, not in {config.backbone}; choose "
-            "--backbone resnet32, or --protocol clean"
+            f"the features of protocol 'official' exist in plain CIFAR ResNets only, not in {method.name} with "
+            f"{config.backbone}; choose --backbone resnet32, or --protocol clean"
         )
     return Plan(config, method, protocol, dataset, model, build_stages(config, method, protocol, dataset, criterion))
+
+
+def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset) -> None:
+    if config.final_split == "validation" and dataset.validation is None:
+        raise UserError("--final-split validation needs validation images; add --validation-per-class N")
+    if protocol.confusion_from == "validation" and dataset.validation is None:
+        raise UserError(
+            "--set.confusion_from validation needs validation images; add --validation-per-class N, or use streamed or "
+            "balanced-train"
+        )
+    if method.pairing == "confusion" and protocol.confusion_from == "streamed" and protocol.confusion_run is None:
+        raise UserError(
+            f"{method.name} embeds no images that F could be streamed from; use --set.confusion_from held-out, or "
+            "name a finished run with --set.confusion_run"
+        )
+
+
+def build_criterion(method: Method, counts: ClassCounts, changed: Overrides) -> Criterion:
+    """The loss of a method, of each of its experts for RIDE, with the settings that were changed."""
+    part = LOSSES[method.loss]
+    criterion = part(counts, **chosen(part, changed.parts, "loss"))
+    if method.architecture != "ride":
+        return criterion
+    return RIDE(counts, criterion, **chosen(RIDE, changed.parts, "model"))  # type: ignore[arg-type]  # checked by `chosen`
+
+
+def architecture_of(method: Method, criterion: Criterion, changed: Overrides) -> dict[str, Any]:
+    """What `build_model` needs to know of a method: head, architecture and experts."""
+    return {
+        "head": criterion.head,
+        "architecture": method.architecture,
+        "experts": experts(**chosen(experts, changed.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
+    }
 
 
 def build_stages(
@@ -112,69 +148,78 @@ def build_stages(
         and config.lr
         and config.schedule
         and config.weight_decay is not None
+        and config.warmup is not None
     )
+    counts = dataset.counts
     foreground = None
-    if method.mixer is not None:
-        law = (
-            effective_number(dataset.counts)
-            if protocol.foreground_law == "effective-number"
-            else inverse_frequency(dataset.counts, protocol.foreground_r)
-        )
-        foreground = law
+    if method.architecture == "bbn":
+        foreground = inverse_frequency(counts)  # BBN's reversed sampler: the class's probability is ~ 1/n
+    elif method.second_stream:
+        by_number = protocol.foreground_law == "effective-number"
+        foreground = effective_number(counts) if by_number else inverse_frequency(counts, protocol.foreground_r)
+    schedule = Schedule.named(config.schedule, config.warmup, criterion.own_steps)
+    reweighting, law = build_rebalancing(method, counts, config.set, schedule.deferred)
     only = Stage(
         name=method.name,
         epochs=config.epochs,
         criterion=criterion,
         optimizer=OptimizerSettings(config.optimizer, config.lr, config.weight_decay, nesterov=config.nesterov),
-        schedule=Schedule(config.schedule, warmup=config.warmup),
+        schedule=schedule,
         background_batch=config.batch_size,
         foreground_probability=foreground,
-        mixer=build_mixer(method, protocol),
-        reweighting=DeferredReweighting(dataset.counts) if method.drw else None,
+        background_law=None if law is None else law.class_probability,
+        both_streams=method.architecture == "bbn",
+        mixer=build_mixer(method, protocol, counts, config.set),
+        reweighting=reweighting,
         reduction=protocol.weighted_mean,
+        step=bbn_step if method.architecture == "bbn" else mix_and_classify,
     )
     return (only,)
 
 
-def build_mixer(method: Method, protocol: Protocol) -> BatchMixer | None:
+def build_rebalancing(
+    method: Method, counts: ClassCounts, changed: Overrides, deferred: float
+) -> tuple[DeferredReweighting | None, ClassSampling | None]:
+    """Class weights of the loss, or classes of the background stream; `deferred` is when drw and drs begin."""
+    own: dict[str, dict[str, Any]] = {"drw": {"start": deferred}, "drs": {"start": deferred}, "srs": {"power": 0.5}}
+    if method.rebalancing is None:
+        return None, None
+    defaults = own.get(method.rebalancing, {})
+    part = DeferredReweighting if method.drw else ClassSampling
+    built = part(counts, **(defaults | chosen(part, changed.parts, "rebalancing")))
+    return (built, None) if isinstance(built, DeferredReweighting) else (None, built)
+
+
+def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, changed: Overrides) -> BatchMixer | None:
     """Pairing, pixel rule and schedule of a method under a protocol; None for a method that mixes nothing."""
-    if method.mixer is None:
+    if method.pixels is None:
         return None
+    pixels = build_pixel_rule(method.pixels, protocol, counts, changed)
     pairing: Pairing = IndexPairing()
-    if method.mixer == "otmix":
+    if method.pairing == "within-batch":
+        pairing = WithinBatchPairing(getattr(pixels, "partner_weight", None))
+    elif method.pairing == "confusion":
+        pairing = ConfusionPairing()
+    elif method.pairing == "transport":
         cost = partial(CombinedCost, omega=protocol.omega, metric=protocol.metric, keep_diagonal=protocol.keep_diagonal)
         transport = TransportPairing(cost, protocol.epsilon, select=protocol.select)
         pairing = Curriculum(
             pairing, transport, protocol.curriculum_power, protocol.curriculum_per, protocol.curriculum_one_based
         )
     schedule = MixSchedule(protocol.mix_probability, (protocol.mix_from, protocol.mix_until), protocol.mix_fraction)
-    return BatchMixer(pairing, CutMix(protocol.alpha, protocol.box, protocol.box_per), schedule)
+    return BatchMixer(pairing, pixels, schedule)
 
 
-def build_confusion_source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSource | None:
-    """Where the class cost of transport gets its F from; None for methods without one."""
-    if plan.method.mixer != "otmix" or plan.protocol.omega == 1.0:
-        return None
-    dataset, config = plan.dataset, plan.config
-    origin = confusion_origin(plan.protocol, dataset.validation is not None)
-    streamed = origin.items == "streamed"
-    counter = ConfusionCounter(
-        len(dataset.class_names), origin, decay=STREAM_DECAY if streamed else 0.0, device=fabric.device
+def build_pixel_rule(name: str, protocol: Protocol, counts: ClassCounts, changed: Overrides) -> Mixer:
+    """A rule of `PIXEL_RULES`. It gets what its constructor takes: the protocol's alpha, box and per, the counts, and
+    its own settings as they were changed.
+    """
+    rule: Callable[..., Mixer] = PIXEL_RULES[name]
+    offered = {"alpha": protocol.alpha, "box": protocol.box, "per": protocol.box_per, "counts": counts}
+    takes = inspect.signature(rule).parameters
+    return rule(
+        **{key: value for key, value in offered.items() if key in takes}, **chosen(rule, changed.parts, "mixer")
     )
-    if streamed:
-        return ConfusionSource(fabric, counter)
-    if origin.split == "train":
-        store = train_store
-        per_class = origin.per_class
-        labels = dataset.train.labels
-        items = (
-            as_items(labels) if per_class is None else balanced_subset(labels, dataset.counts, per_class, config.seed)
-        )
-    else:
-        source = split_of(dataset, origin.split)
-        store = open_store(source, dataset, fabric.device, train=False, workers=config.workers)
-        items = as_items(source.labels)
-    return ConfusionSource(fabric, counter, store, items)
 
 
 def split_of(dataset: ImageDataset, split: str) -> ImageSource:

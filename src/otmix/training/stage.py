@@ -94,6 +94,8 @@ class Stage:
     Args:
         background_batch: images per step, over all processes (eq. 2).
         foreground_probability: class probabilities `[K]` of the foreground stream (eq. 3); None without one.
+        background_law: class probabilities of the background stream at a progress, where they are not the natural ones.
+        both_streams: whether every step wants a foreground batch, be it mixed or not.
         reset: prefixes of modules whose parameters are initialised anew at the start. Everything else begins where the
             stage before ended.
         trains: prefixes of parameters that are trained; the rest are frozen.
@@ -107,6 +109,8 @@ class Stage:
     schedule: Schedule
     background_batch: int
     foreground_probability: Tensor | None = None
+    background_law: Callable[[float], Tensor | None] | None = None
+    both_streams: bool = False
     mixer: BatchMixer | None = None
     reweighting: DeferredReweighting | None = None
     reduction: Reduction = "mean"

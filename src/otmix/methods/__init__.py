@@ -1,0 +1,45 @@
+"""Every row of the paper's tables as a value, and the grammar of their names."""
+
+from otmix.methods.names import (
+    ALIASES,
+    Method,
+    all_methods,
+    base_name,
+    experts,
+    known_losses,
+    known_mixers,
+    loss_part,
+    mixer_part,
+    parse_method,
+    protocol_differences,
+)
+from otmix.methods.parts import (
+    ARCHITECTURE_PARTS,
+    LOSS_PARTS,
+    PAIRING_PARTS,
+    PAIRINGS,
+    PIXEL_PARTS,
+    REBALANCING_PARTS,
+    Part,
+)
+
+__all__ = [
+    "ALIASES",
+    "ARCHITECTURE_PARTS",
+    "LOSS_PARTS",
+    "PAIRINGS",
+    "PAIRING_PARTS",
+    "PIXEL_PARTS",
+    "REBALANCING_PARTS",
+    "Method",
+    "Part",
+    "all_methods",
+    "base_name",
+    "experts",
+    "known_losses",
+    "known_mixers",
+    "loss_part",
+    "mixer_part",
+    "parse_method",
+    "protocol_differences",
+]

@@ -1,0 +1,331 @@
+"""Every trainable method as a value, and the grammar of their names: `[architecture-]loss[-rebalancing][+mixer]`.
+
+`ce+otmix` is canonical in files and keys; `otmix` is one of its aliases. The titles are how the paper's tables print
+them. A mixer is a pixel rule, within the batch (`mixup`), or after `cmo-`, `otmix-` and `confusion-` with foregrounds
+of the second stream (`otmix-mixup`); `cmo`, `otmix` and `confusion` alone mean CutMix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+from otmix.errors import UserError
+from otmix.methods.parts import (
+    ARCHITECTURE_PARTS,
+    CONFUSION_DEFAULTS,
+    LOSS_PARTS,
+    PAIRING_PARTS,
+    PAIRINGS,
+    PIXEL_DEFAULTS,
+    PIXEL_PARTS,
+    REBALANCING_PARTS,
+    SECOND_STREAM_DEFAULTS,
+    Architecture,
+    PairingName,
+    Part,
+)
+from otmix.protocols import PROTOCOLS, Overrides, Protocol, ProtocolName, resolve
+from otmix.settings import Setting, settings_of
+
+ALIASES: dict[str, str] = {
+    "erm": "ce",
+    "drw": "ce-drw",
+    "erm-drw": "ce-drw",
+    "balms": "balanced-softmax",
+    "balms-drw": "balanced-softmax-drw",
+    "ride": "ride-ldam-drw",
+    "bbn": "bbn-ce",
+    **{mixer: f"ce+{mixer}" for mixer in (*PAIRINGS, *PIXEL_PARTS)},
+}
+
+# which settings of a protocol a method reads: the rest cannot change its result, so they are neither listed nor
+# accepted for it
+_SCHEDULE = ("mix_probability", "mix_from", "mix_until", "mix_fraction")
+_OF_PIXELS = {"alpha": "alpha", "box": "box", "box_per": "per"}
+"""Settings that a pixel rule reads if its constructor takes the parameter."""
+_FOREGROUND = ("foreground_law", "foreground_r")
+_CONFUSION = tuple(f.name for f in fields(Protocol) if f.name.startswith("confusion_"))
+_TRANSPORT = (
+    *(f.name for f in fields(Protocol) if f.name.startswith("curriculum_")),
+    *("features", "omega", "metric", "keep_diagonal", "epsilon", "select"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, how the classes are rebalanced (`drw`, `drs`, `cbs`, `srs`) or not, a mixer or none, an architecture."""
+
+    loss: str
+    rebalancing: str | None = None
+    mixer: str | None = None
+    architecture: Architecture = "plain"
+
+    @property
+    def name(self) -> str:
+        """The canonical name, e.g. `ce-drw+otmix`."""
+        base = "" if self.architecture == "plain" else f"{self.architecture}-"
+        rebalanced = f"-{self.rebalancing}" if self.rebalancing else ""
+        return f"{base}{self.loss}{rebalanced}" + (f"+{self.mixer}" if self.mixer else "")
+
+    @property
+    def title(self) -> str:
+        """As the paper's tables print it, e.g. `ERM-DRW + OTmix (Mixup)`."""
+        base = loss_part(self.loss).title
+        if self.rebalancing:
+            base += f"-{REBALANCING_PARTS[self.rebalancing].title}"
+        if self.architecture != "plain":
+            architecture = ARCHITECTURE_PARTS[self.architecture].title
+            base = (
+                architecture
+                if f"{self.architecture}-{base_name(self)}" in ALIASES.values()
+                else f"{architecture} ({base})"
+            )
+        return f"{base} + {mixer_part(self.mixer).title}" if self.mixer else base
+
+    @property
+    def parts(self) -> list[Part]:
+        found = [] if self.architecture == "plain" else [ARCHITECTURE_PARTS[self.architecture]]
+        found.append(loss_part(self.loss))
+        if self.rebalancing:
+            found.append(REBALANCING_PARTS[self.rebalancing])
+        return [*found, mixer_part(self.mixer)] if self.mixer else found
+
+    @property
+    def drw(self) -> bool:
+        return self.rebalancing == "drw"
+
+    @property
+    def pairing(self) -> PairingName | None:
+        """Who finds the background of a foreground; None without a mixer."""
+        return _split(self.mixer)[0] if self.mixer else None
+
+    @property
+    def pixels(self) -> str | None:
+        """The pixel rule; None without a mixer."""
+        return _split(self.mixer)[1] if self.mixer else None
+
+    @property
+    def second_stream(self) -> bool:
+        """Whether foregrounds are drawn from a stream of their own (eq. 3)."""
+        return self.pairing not in (None, "within-batch")
+
+    @property
+    def uses_confusion(self) -> bool:
+        return self.pairing in ("transport", "confusion")
+
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """The settings of a protocol that can change this method's result."""
+        names: tuple[str, ...] = ()
+        if self.pixels is not None:
+            takes = settings_of(_pixel_rule(self.pixels))
+            names = (*_SCHEDULE, *(name for name, parameter in _OF_PIXELS.items() if parameter in takes))
+        if self.second_stream:
+            names += _FOREGROUND
+        if self.pairing == "transport":
+            names += _TRANSPORT
+        if self.uses_confusion:
+            names += _CONFUSION
+        ordered = [f.name for f in fields(Protocol) if f.name in names]
+        return (*ordered, *(("weighted_mean",) if self.drw and self.mixer else ()), "headline")
+
+    @property
+    def part_settings(self) -> dict[str, Setting]:
+        """The settings of its parts, by their keys: `loss.tau`, `mixer.kappa`, `model.experts`, `rebalancing.start`."""
+        found = {f"loss.{name}": setting for name, setting in settings_of(_loss(self.loss)).items()}
+        if self.pixels is not None:
+            own = settings_of(_pixel_rule(self.pixels))
+            found |= {f"mixer.{name}": own[name] for name in own if name not in _OF_PIXELS.values()}
+        for part in (*_architecture(self.architecture), *_rebalancing(self.rebalancing)):
+            group = "rebalancing" if part in _rebalancing(self.rebalancing) else "model"
+            found |= {f"{group}.{name}": setting for name, setting in settings_of(part).items()}
+        return found
+
+    @property
+    def defaults(self) -> dict[str, tuple[object, str]]:
+        """Settings of a protocol that this method has its own value for, whatever the protocol: (value, source)."""
+        if self.pixels is None:
+            return {}
+        if self.pairing == "within-batch":
+            return PIXEL_DEFAULTS.get(self.pixels, {})
+        own = SECOND_STREAM_DEFAULTS.get(self.pixels, {})
+        return own | CONFUSION_DEFAULTS if self.pairing == "confusion" else own
+
+    def adjusted(self, protocol: Protocol) -> Protocol:
+        """The protocol with this method's own defaults."""
+        changed: dict[str, Any] = {name: value for name, (value, _) in self.defaults.items()}
+        return replace(protocol, **changed)
+
+    def protocol(self, name: ProtocolName, overrides: Overrides | None = None) -> Protocol:
+        """The settings this method runs with. Raises UserError where a value is out of range."""
+        return resolve(name, overrides, self.adjusted)
+
+    def settings(self, protocol: Protocol) -> Iterator[tuple[str, object, str, str]]:
+        """Each setting of a protocol that matters here: name, value under `protocol`, meaning, source."""
+        adjusted = self.adjusted(protocol)
+        for f in fields(Protocol):
+            if f.name in self.setting_names:
+                source = self.defaults[f.name][1] if f.name in self.defaults else f.metadata["why"]
+                yield f.name, getattr(adjusted, f.name), f.metadata["meaning"], source
+
+
+def base_name(method: Method) -> str:
+    """The loss and its rebalancing: `ldam-drw`."""
+    return method.loss + (f"-{method.rebalancing}" if method.rebalancing else "")
+
+
+def _split(mixer: str) -> tuple[PairingName, str]:
+    """Pairing and pixel rule of a mixer's name."""
+    first, _, rest = mixer.partition("-")
+    return (PAIRINGS[first], rest or "cutmix") if first in PAIRINGS else ("within-batch", mixer)
+
+
+def _canonical_mixer(mixer: str) -> str:
+    """`otmix` for `otmix-cutmix`."""
+    return mixer.removesuffix("-cutmix") if mixer.partition("-")[0] in PAIRINGS else mixer
+
+
+# The tables of losses and pixel rules need torch, so they are imported when a name is looked up.
+
+
+def _loss(name: str) -> Callable[..., Any]:
+    from otmix.losses import LOSSES
+
+    return LOSSES[name]
+
+
+def _pixel_rule(name: str) -> Callable[..., Any]:
+    from otmix.mixing import PIXEL_RULES
+
+    return PIXEL_RULES[name]
+
+
+def _architecture(name: Architecture) -> tuple[Callable[..., Any], ...]:
+    if name != "ride":
+        return ()
+    from otmix.losses import RIDE
+
+    return (experts, RIDE)
+
+
+def experts(experts: int = 3) -> int:
+    """How many experts RIDE has.
+
+    Args:
+        experts: how many experts, 2 to 4 (the paper's tables: 3).
+    """
+    return experts
+
+
+def _rebalancing(name: str | None) -> tuple[Callable[..., Any], ...]:
+    from otmix.losses import DeferredReweighting
+    from otmix.sampling import ClassSampling
+
+    return {None: (), "drw": (DeferredReweighting,)}.get(name, (ClassSampling,))
+
+
+def loss_part(name: str) -> Part:
+    """What listings say of a loss."""
+    return LOSS_PARTS.get(name) or Part(name, "registered from outside", "a loss of one's own")
+
+
+def mixer_part(name: str) -> Part:
+    """What listings say of a mixer: "OTmix (Mixup)" for otmix-mixup."""
+    first, _, rest = name.partition("-")
+    pixels = PIXEL_PARTS.get(rest or name) or Part(rest or name, "registered from outside", "a pixel rule of one's own")
+    if first not in PAIRINGS:
+        return pixels
+    pairing = PAIRING_PARTS[first]
+    if not rest:
+        return pairing
+    return Part(
+        f"{pairing.title} ({pixels.title})", f"{pairing.paper}; {pixels.paper}", f"{pairing.changes}, by {pixels.title}"
+    )
+
+
+def known_losses() -> list[str]:
+    """Names of all losses, those registered from outside included."""
+    from otmix.losses import LOSSES
+
+    return list(LOSSES)
+
+
+def known_mixers() -> list[str]:
+    """Names of all mixers: each pixel rule within the batch, and with each rule for the second stream."""
+    from otmix.mixing import PIXEL_RULES
+
+    second = [pairing + ("" if pixels == "cutmix" else f"-{pixels}") for pairing in PAIRINGS for pixels in PIXEL_RULES]
+    return [*PIXEL_RULES, *second]
+
+
+def parse_method(name: str) -> Method:
+    """`[architecture-]loss[-rebalancing][+mixer]`, or an alias, e.g. `erm`, `cmo`, `drw+otmix`, `ride` (the loss is
+    `ce` where none is given).
+
+    Raises UserError with the nearest names, and for what does not go together.
+    """
+    text = name.strip().lower()
+    if _canonical_mixer(text) in known_mixers():
+        text = f"ce+{text}"
+    left, plus, mixer = ALIASES.get(text, text).partition("+")
+    left = ALIASES.get(left, left)
+    if "+" in left:  # an alias that carries a mixer, followed by another one
+        raise _unknown(name)
+    architecture: Architecture = "plain"
+    for known in ARCHITECTURE_PARTS:
+        if left.startswith(f"{known}-"):
+            architecture, left = known, left.removeprefix(f"{known}-")
+            left = ALIASES.get(left, left)
+            break
+    loss, _, last = left.rpartition("-")
+    rebalancing = last if loss and last in REBALANCING_PARTS and left not in known_losses() else None
+    loss = ALIASES.get(loss, loss) if rebalancing else left
+    mixer = _canonical_mixer(mixer)
+    if loss not in known_losses() or (plus and mixer not in known_mixers()):
+        raise _unknown(name)
+    if architecture == "bbn" and mixer:
+        raise UserError(
+            f"{name} does not exist: BBN takes no mixer, since its two branches already use up both streams; "
+            f"use {loss}+{mixer} or ride-{loss}+{mixer} instead"
+        )
+    return Method(loss, rebalancing, mixer or None, architecture)
+
+
+def all_methods() -> list[Method]:
+    """Every combination of the grammar, baselines first."""
+    return list(_all(tuple(known_losses()), tuple(known_mixers())))
+
+
+@cache
+def _all(losses: tuple[str, ...], mixers: tuple[str, ...]) -> tuple[Method, ...]:
+    architectures: tuple[Architecture, ...] = ("plain", *ARCHITECTURE_PARTS)
+    return tuple(
+        Method(loss, rebalancing, mixer, architecture)
+        for architecture in architectures
+        for loss in losses
+        for rebalancing in (None, *REBALANCING_PARTS)
+        for mixer in (None, *(mixers if architecture != "bbn" else ()))
+    )
+
+
+def _unknown(name: str) -> UserError:
+    names = [*ALIASES, *(method.name for method in all_methods())]
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else "a name is [ride-|bbn-]loss[-drw|-drs|-cbs|-srs][+mixer]."
+    )
+    return UserError(f"there is no method named {name!r}; {hint} `otmix methods` lists them all")
+
+
+def protocol_differences(name: ProtocolName) -> dict[str, tuple[object, object]]:
+    """Settings in which a protocol differs from `clean`: name -> (clean's value, its value)."""
+    clean, other = PROTOCOLS["clean"], PROTOCOLS[name]
+    return {
+        f.name: (getattr(clean, f.name), getattr(other, f.name))
+        for f in fields(Protocol)
+        if getattr(clean, f.name) != getattr(other, f.name)
+    }

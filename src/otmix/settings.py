@@ -1,0 +1,87 @@
+"""The settings of a part (a loss, a pixel rule, …), read off its constructor: name, type, default, meaning and source.
+
+A part is added by writing it: what its constructor takes, with a default, can be set; what its docstring says of it
+under `Args:` is what listings print.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from otmix.errors import UserError
+
+Value = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: `kind` is its type (bool, int, float, str, a Literal of texts, or one of these or None)."""
+
+    name: str
+    kind: Any
+    default: Value
+    meaning: str
+
+    @property
+    def _types(self) -> tuple[Any, ...]:
+        members = get_args(self.kind)
+        return (self.kind,) if get_origin(self.kind) is Literal or not members else members
+
+    def convert(self, value: object, shown: str | None = None) -> Value:
+        """A value as it was typed (a text, or what YAML made of it) in this setting's type. Raises UserError that names
+        it as `shown`.
+        """
+        text = str(value).strip()
+        for kind in self._types:
+            if kind is NoneType and (value is None or text.lower() == "none"):
+                return None
+            if get_origin(kind) is Literal and text in get_args(kind):
+                return text
+            if kind is bool and text.lower() in ("true", "false", "yes", "no"):
+                return text.lower() in ("true", "yes")
+            if kind is str and value is not None:
+                return text
+            if kind in (int, float) and not isinstance(value, bool):
+                try:
+                    return int(text) if kind is int else float(text)
+                except ValueError:
+                    continue
+        raise UserError(f"{shown or self.name} must be {self.describe()}, it is {value}")
+
+    def describe(self) -> str:
+        """The allowed values in words."""
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "none"}
+        named = [
+            "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else words[kind]
+            for kind in self._types
+        ]
+        return " or ".join(named)
+
+
+def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",)) -> dict[str, Setting]:
+    """The settings of a class or function by name: its parameters that have a default, but for the `hidden` ones."""
+    import docstring_parser  # jsonargparse brings it; only listings and settings that are given need it
+
+    initialiser = part.__init__ if inspect.isclass(part) else part
+    hints = get_type_hints(initialiser)
+    parsed = docstring_parser.parse(inspect.getdoc(part) or "", docstring_parser.DocstringStyle.GOOGLE)
+    meanings = {found.arg_name: " ".join((found.description or "").split()) for found in parsed.params}
+    return {
+        name: Setting(name, hints.get(name, str), parameter.default, meanings.get(name, ""))
+        for name, parameter in inspect.signature(part).parameters.items()
+        if parameter.default is not parameter.empty and name not in hidden
+    }
+
+
+def chosen(part: Callable[..., Any], given: Mapping[str, object], group: str) -> dict[str, Value]:
+    """Those of `given`, keyed "group.name", that are settings of `part`, in their types: keyword arguments for it."""
+    settings = settings_of(part) if any(key.startswith(f"{group}.") for key in given) else {}
+    return {
+        name: setting.convert(given[f"{group}.{name}"], f"--set.{group}.{name}")
+        for name, setting in settings.items()
+        if f"{group}.{name}" in given
+    }

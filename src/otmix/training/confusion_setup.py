@@ -1,0 +1,73 @@
+"""F's source for a run: adaptive, re-estimated after each epoch, or fixed, from a finished run (Table 8)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otmix.confusion import ConfusionCounter, perturb
+from otmix.data import ImageStore, open_store
+from otmix.errors import UserError
+from otmix.randomness import generator
+from otmix.training.confusion_source import STREAM_DECAY, ConfusionSource, as_items, balanced_subset, confusion_origin
+from otmix.training.setup import Plan, split_of
+from otmix.types import Confusion
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def build_confusion_source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSource | None:
+    """Where F comes from after each epoch; None for methods that have no use for one, and for a fixed F."""
+    return None if plan.protocol.confusion_run is not None else _source(plan, fabric, train_store)
+
+
+def fixed_confusion(plan: Plan, fabric: Fabric, train_store: ImageStore) -> Confusion | None:
+    """F of the finished run that is named, if one is, on the data that the settings name; None for an adaptive F.
+
+    Raises UserError where the run was trained on other classes, or is none.
+    """
+    from otmix.training.runs import open_run
+
+    if plan.protocol.confusion_run is None:
+        return None
+    source = _source(plan, fabric, train_store)
+    if source is None:
+        return None
+    run = open_run(Path(plan.protocol.confusion_run))
+    dataset = plan.dataset
+    known = (run.class_names, run.image_size, run.channels)
+    if known != (tuple(dataset.class_names), dataset.image_size, dataset.channels):
+        raise UserError(
+            f"F cannot come from {run.run_dir}: its classes or the size of its images are not those of {dataset.name}; "
+            "name a run on the same data with --set.confusion_run"
+        )
+    return source.estimate_with(run.model.to(fabric.device), run.criterion.to(fabric.device))
+
+
+def _source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSource | None:
+    protocol, dataset, config = plan.protocol, plan.dataset, plan.config
+    if not plan.method.uses_confusion or (plan.method.pairing == "transport" and protocol.omega == 1.0):
+        return None
+    origin = confusion_origin(protocol, dataset.validation is not None)
+    streamed = origin.items == "streamed"
+    decay = STREAM_DECAY if streamed else 0.0
+    counter = ConfusionCounter(len(dataset.class_names), origin, decay=decay, device=fabric.device)
+
+    def wrong(found: Confusion) -> Confusion:  # each time in the same way
+        shuffle, noise = protocol.confusion_shuffle, protocol.confusion_noise
+        return perturb(found, shuffle, noise, generator(config.seed, "wrong-confusion"))
+
+    source = partial(ConfusionSource, fabric, counter, perturb=wrong)
+    if streamed:
+        return source()
+    if origin.split == "train":
+        labels, per_class = dataset.train.labels, origin.per_class
+        items = as_items(labels)
+        if per_class is not None:
+            items = balanced_subset(labels, dataset.counts, per_class, config.seed)
+        return source(train_store, items)
+    images = split_of(dataset, origin.split)
+    store = open_store(images, dataset, fabric.device, train=False, workers=config.workers)
+    return source(store, as_items(images.labels))

@@ -1,0 +1,218 @@
+"""What every method must do, whoever wrote it: the checks behind `otmix check-method` and the tests.
+
+Each check trains tiny runs of a method on random images in a folder of its own. A method enters by its name alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from otmix.config import RunConfig
+from otmix.data import ArraySource, ImageDataset
+from otmix.methods import Method, parse_method
+from otmix.protocols import PROTOCOLS, Overrides
+from otmix.training.build import build_run
+from otmix.training.checkpoint import load_checkpoint
+from otmix.training.launch import make_fabric
+from otmix.training.loop import Interrupted, RunState, checkpoint_path, finish_epoch, restore, save, train_epoch
+from otmix.training.reporter import Silent
+from otmix.training.setup import prepare
+
+COUNTS = (9, 4, 3, 1)
+"""Training images per class: one class has a single image, and with batches of 8 the last batch has one."""
+BATCH, SIDE, EPOCHS = 8, 8, 3
+_ALWAYS_MIXED = {"mix_probability": 1.0, "mix_from": 0.0, "mix_until": 1.0, "curriculum_power": 0.0}
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check and what was wrong; None where nothing was."""
+
+    check: str
+    problem: str | None
+
+
+class _Broken(Exception):
+    """A check that failed, in words."""
+
+
+def check_method(name: str, progress: Progress = lambda check: None) -> list[Finding]:
+    """Run all checks on one method; one that raises anything has failed. Raises UserError for an unknown name."""
+    method = parse_method(name)
+    found = []
+    for check in CHECKS:
+        words = (check.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        progress(words)
+        with TemporaryDirectory(prefix="otmix-check-") as folder:
+            try:
+                check(method, Path(folder))
+            except Exception as error:  # whatever someone's own code raises is a finding, not our crash
+                found.append(
+                    Finding(words, f"{'' if isinstance(error, _Broken) else type(error).__name__ + ': '}{error}")
+                )
+            else:
+                found.append(Finding(words, None))
+    return found
+
+
+@cache
+def tiny_dataset() -> ImageDataset:
+    """Random images, the same each time: `COUNTS` for training, two of each class for testing."""
+    draw = torch.Generator().manual_seed(0)
+
+    def source(counts: tuple[int, ...]) -> ArraySource:
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return ArraySource(torch.randint(256, (len(labels), 3, SIDE, SIDE), generator=draw, dtype=torch.uint8), labels)
+
+    names = tuple("abcd")
+    grey = (0.5, 0.5, 0.5)
+    return ImageDataset("random", names, source(COUNTS), None, source((2,) * len(names)), SIDE, 3, grey, grey, True)
+
+
+def tiny_config(method: Method, **changed: Any) -> RunConfig:
+    """Three epochs of three steps, every batch mixed, each by transport where the method has it."""
+    forced = {name: value for name, value in _ALWAYS_MIXED.items() if name in method.setting_names}
+    settings: dict[str, Any] = {
+        "method": method.name,
+        "backbone": "resnet8",
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "lr": 0.01,
+        "accelerator": "cpu",
+        "set": Overrides(**forced),  # type: ignore[arg-type]  # the names are those of settings
+    }
+    return RunConfig(**(settings | changed))
+
+
+def tiny_run(method: Method, folder: Path, **changed: Any) -> RunState:
+    """A run of `tiny_config` before its first step."""
+    config = tiny_config(method, **changed)
+    return build_run(make_fabric(config), folder, prepare(config, tiny_dataset()), Silent())
+
+
+def epochs(run: RunState) -> Iterator[float]:
+    """Train epoch by epoch to the end; the mean loss of each."""
+    while run.epoch < run.stage.epochs:
+        train_epoch(run)
+        loss = run.tally.read()["loss"]
+        finish_epoch(run)
+        yield loss
+
+
+def weights(run: RunState) -> dict[str, Tensor]:
+    """A copy of everything that a model's file holds."""
+    return {name: value.detach().clone() for name, value in run.state.model.state_dict().items()}
+
+
+def _expect(holds: bool, problem: str) -> None:
+    if not holds:
+        raise _Broken(problem)
+
+
+def _builds_and_explains_itself(method: Method, folder: Path) -> None:
+    """builds from its name and explains itself"""
+    _expect(parse_method(method.name) == method, f"its name {method.name} means {parse_method(method.name)}")
+    _expect(all(part.title and part.paper and part.changes for part in method.parts), "a part lacks title or paper")
+    for name, _, meaning, source in method.settings(PROTOCOLS["clean"]):
+        _expect(bool(meaning and source), f"the setting {name} has no meaning or no source")
+    for key, setting in method.part_settings.items():
+        _expect(bool(setting.meaning), f"the setting {key} has no line under `Args:` in the docstring of its class")
+        setting.describe()
+    tiny_run(method, folder)
+
+
+def _trains(method: Method, folder: Path) -> None:
+    """gives finite losses, and changes every parameter it trains"""
+    run = tiny_run(method, folder)
+    before = {name: value.detach().clone() for name, value in run.state.model.named_parameters() if value.requires_grad}
+    for epoch, loss in enumerate(epochs(run)):
+        _expect(math.isfinite(loss), f"the loss of epoch {epoch} is {loss}")
+    after = dict(run.state.model.named_parameters())
+    still = [name for name, value in before.items() if torch.equal(value, after[name])]
+    _expect(not still, f"these parameters never change: {', '.join(still)}")
+
+
+def _repeats(method: Method, folder: Path) -> None:
+    """gives the same losses and weights for the same seed, others for another"""
+    runs = [tiny_run(method, folder / str(i), seed=seed) for i, seed in enumerate((1, 1, 2))]
+    losses = [list(epochs(run)) for run in runs]
+    _expect(losses[0] == losses[1], f"two runs with seed 1 have the losses {losses[0]} and {losses[1]}")
+    _expect(losses[0] != losses[2], f"seeds 1 and 2 have the same losses {losses[0]}")
+    first, second = weights(runs[0]), weights(runs[1])
+    _expect(all(torch.equal(first[name], second[name]) for name in first), "two runs with seed 1 have other weights")
+
+
+def _resumes(method: Method, folder: Path) -> None:
+    """ends with the same weights when it is stopped in an epoch and resumed"""
+    whole = tiny_run(method, folder / "whole")
+    list(epochs(whole))
+    (folder / "stopped").mkdir()
+    stopped = tiny_run(method, folder / "stopped")
+    train_epoch(stopped)
+    finish_epoch(stopped)
+    stopped.stop.requested = True
+    with suppress(Interrupted):
+        train_epoch(stopped)
+    _expect(0 < stopped.step < stopped.background.steps_per_epoch, "it did not stop within an epoch")
+    save(stopped)
+    resumed = tiny_run(method, folder / "stopped")
+    restore(resumed, load_checkpoint(checkpoint_path(folder / "stopped")))
+    list(epochs(resumed))
+    one, other = weights(whole), weights(resumed)
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    _expect(not different, f"these differ after a resume: {', '.join(different[:5])}")
+
+
+def _round_trips(method: Method, folder: Path) -> None:
+    """writes its settings to YAML and reads the same ones back"""
+    parts = {key: setting.default for key, setting in method.part_settings.items()}
+    config = tiny_config(method)
+    config = replace(config, set=replace(config.set, parts=parts))
+    read = RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
+    _expect(read == config and read.hash == config.hash, f"{config.to_dict()} became {read.to_dict()}")
+    given = tiny_run(method, folder / "given", set=config.set)
+    usual = tiny_run(method, folder / "usual")
+    if method.rebalancing is None:  # its defaults depend on the schedule and on its name
+        _expect(next(epochs(given)) == next(epochs(usual)), "settings given as their defaults give another loss")
+
+
+def _predicts(method: Method, folder: Path) -> None:
+    """gives probabilities that sum to 1 for each image"""
+    run = tiny_run(method, folder)
+    model = run.state.model.eval()
+    with torch.no_grad():
+        said = run.state.criterion.probabilities(model(torch.rand(3, 3, SIDE, SIDE)))
+    fine = said.shape == (3, len(COUNTS)) and bool((said >= 0).all())
+    _expect(
+        fine and torch.allclose(said.sum(1), torch.ones(3), atol=1e-4), f"the probabilities of three images: {said}"
+    )
+
+
+def _works_in_bfloat16(method: Method, folder: Path) -> None:
+    """trains in bfloat16"""
+    for loss in epochs(tiny_run(method, folder, precision="bf16-mixed")):
+        _expect(math.isfinite(loss), f"a loss is {loss}")
+
+
+CHECKS: tuple[Callable[[Method, Path], None], ...] = (
+    _builds_and_explains_itself,
+    _trains,
+    _repeats,
+    _resumes,
+    _round_trips,
+    _predicts,
+    _works_in_bfloat16,
+)
