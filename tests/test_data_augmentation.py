@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import v2
 
-from otmix.data import ShiftFlip, WindowFlip, to_square
+from otmix.data import ShiftFlip, WindowFlip, decode, to_square
 from otmix.data.augmentation import apply_shift_flip, apply_window, draw_window, prepare
 from otmix.data.resizing import side_needed
 
@@ -161,5 +164,23 @@ def test_large_squares_are_the_usual_evaluation(height: int, width: int) -> None
 
 
 def test_side_needed_is_never_below_what_is_resized_to() -> None:
-    assert side_needed(32) is None
+    assert side_needed(32) == side_needed(64) == 512
     assert side_needed(224) == 512
+
+
+@pytest.mark.parametrize("size", [16, 64, 72, 224])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_reading_reduced_changes_little(tmp_path: Path, size: int, ending: str) -> None:
+    """Against the whole picture, in levels of 256, where detail is as strong as in photographs (1/frequency)."""
+    random = np.random.default_rng(0)
+    scene = np.zeros((1200, 1800, 3))
+    for cells in (2, 4, 8, 16, 32, 64, 128, 256):
+        noise = random.integers(0, 256, (cells, cells * 3 // 2, 3), dtype=np.uint8)
+        scene += np.asarray(Image.fromarray(noise).resize((1800, 1200), Image.Resampling.BICUBIC)) / cells
+    Image.fromarray(scene.astype(np.uint8)).save(tmp_path / f"a.{ending}", quality=95)
+    whole = decode(tmp_path / f"a.{ending}")
+    reduced = decode(tmp_path / f"a.{ending}", at_least=side_needed(size))
+    assert reduced.shape[1] < whole.shape[1]
+    difference = (to_square(reduced, size).int() - to_square(whole, size).int()).abs().float()
+    assert float(difference.mean()) < 1
+    assert int(difference.max()) <= 8

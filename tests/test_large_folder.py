@@ -98,7 +98,7 @@ def otmix(*arguments: str | Path, timeout: float = 800) -> subprocess.CompletedP
 
 def training(folder: Path, out: Path) -> list[str]:
     arguments = ["train", "--data", "folder", "--root", str(folder), "--backbone", "timm/resnet18", "--no-pretrained"]
-    arguments += ["--max-per-class", "60", "--set.mix_from", "0", "--epochs", "2", "--batch-size", "32"]
+    arguments += ["--max-per-class", "40", "--set.mix_from", "0", "--epochs", "2", "--batch-size", "32"]
     return [*arguments, "--workers", "2", "--accelerator", "cpu", "--out", str(out)]
 
 
@@ -141,8 +141,8 @@ def test_killed_and_resumed_it_is_the_same_run(folder: Path, reference: Path, tm
 
 def test_the_run_saw_the_folder_and_learned_from_it(reference: Path) -> None:
     data = json.loads((reference / "data.json").read_text())
-    assert (data["image_size"], data["counts"]) == (224, [60, 60, 44, 26])
-    assert sum(split["images"] for split in data["splits"].values()) == 60 + 60 + 44 + 26 + 60
+    assert (data["image_size"], data["counts"]) == (224, [40, 40, 40, 26])
+    assert sum(split["images"] for split in data["splits"].values()) == 40 + 40 + 40 + 26 + 60
     result = json.loads((reference / "result.json").read_text())["evaluation"]
     assert result["n"] == 60
     largest = COUNTS["badger"] / sum(COUNTS.values())

@@ -28,6 +28,8 @@ from otmix.losses import (
 from otmix.losses.balanced_softmax import balanced_softmax
 from otmix.losses.class_balanced import weighted_sigmoid_focal
 from otmix.losses.focal import focal_loss
+from otmix.losses.ib import ib_loss
+from otmix.losses.lade import lader
 from otmix.losses.ldam import HEAD_SCALE, ldam_loss, ldam_margins
 from otmix.methods import LOSS_PARTS, parse_method
 from otmix.models.heads import HEADS, LDAM_SCALE, NormedHead, SigmoidHead
@@ -314,15 +316,40 @@ def test_gradients_of_large_logits_are_finite_and_those_of_float64(name: str, sc
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=2e-4)
 
 
-def test_the_gradient_of_cb_focal_can_be_taken_again_but_not_differentiated() -> None:
+def one_lader(z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    return lader(z, Target.hard(y), v / v.sum())
+
+
+def one_ib(z: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    return ib_loss(z, y, torch.ones(len(y), 2), v)
+
+
+@pytest.mark.parametrize("function", [weighted_sigmoid_focal, one_ib, one_lader])
+def test_gradients_made_along_with_the_loss_can_be_taken_again_but_not_differentiated(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     share = torch.ones(3, requires_grad=True)
-    loss = (share * weighted_sigmoid_focal(logits, torch.tensor([0, 1, 2]), torch.ones(4))).sum()
+    loss = (share * function(logits, torch.tensor([0, 1, 2]), torch.ones(4))).sum()
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (second,) = torch.autograd.grad(loss, logits, create_graph=True)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         second.sum().backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_rounds_nothing_within_a_loss(name: str) -> None:
+    results = []
+    for enabled in (False, True):
+        logits, labels, counts = draw(9, 40, 10.0)
+        logits.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = LOSSES[name](counts)(with_features(logits), Target.hard(labels[:, 0]), progress=0.9)
+        loss.backward()
+        assert logits.grad is not None
+        results.append((loss.detach(), logits.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -167,6 +167,15 @@ def test_fixed_confusion_takes_the_most_confused_class_or_any() -> None:
     assert absent == {0, 1, 2}
 
 
+def test_confusion_pairing_by_the_present_matrix() -> None:
+    """Without one of its own it uses the context's, and pairs at random before there is one."""
+    pairing, fore, back = ConfusionPairing(), items(0, 1), items(1, 0)
+    assert pairing(fore, back, never, context()).by == "index"
+    confusion = Confusion(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), ConfusionOrigin())
+    known = PairingContext(Moment(), confusion)
+    assert pairing(fore, back, never, known).background.tolist() == [0, 1]
+
+
 class Named:
     """A pairing that only says who it is."""
 

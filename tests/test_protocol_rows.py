@@ -10,6 +10,7 @@ import torch
 
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
+from otmix.errors import UserError
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.training.build import build_run
@@ -18,7 +19,7 @@ from otmix.training.loop import RunState
 from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
-from otmix.types import Mixed, Output
+from otmix.types import Items, Mixed, Output
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,50 @@ def test_what_reaches_the_plan_and_the_mix(digits: ImageDataset, tmp_path: Path,
         assert not torch.allclose(plan_a, plan_b, rtol=0.05)
     if setting == "epsilon":  # more entropy: a flatter plan
         assert float(plan_b.max()) < float(plan_a.max())
+
+
+@pytest.mark.parametrize("setting", ["confusion_shuffle", "confusion_noise"])
+def test_a_wrong_confusion(digits: ImageDataset, tmp_path: Path, setting: str) -> None:
+    """The same model and images give another F, and the record says that it was made wrong."""
+    found = []
+    for share in (0.0, 1.0):
+        run = build(digits, tmp_path, confusion_from="balanced-train", **{setting: share})
+        assert run.confusion_source is not None
+        estimate = run.confusion_source.estimate(run.state, None)
+        assert estimate is not None
+        assert ("wrong on purpose" in str(estimate.origin)) == (share > 0)
+        found.append(estimate.matrix)
+    assert not torch.allclose(found[0], found[1], atol=0.01)
+
+
+def test_a_fixed_confusion(digits: ImageDataset, tmp_path: Path) -> None:
+    """F is the finished run's from the first step on, on the data that are named, and no epoch changes it."""
+    from otmix.training import open_run, train
+    from otmix.training.loop import finish_epoch, train_epoch
+
+    teacher = tmp_path / "teacher"
+    train(RunConfig(data="digits", method="erm", epochs=2, batch_size=128, evaluate_every=2, out=str(teacher)))
+    run = build(digits, tmp_path, epochs=2, confusion_run=str(teacher), confusion_from="train", confusion_soft=False)
+    assert run.confusion_source is None
+    assert run.confusion is not None
+    assert not run.confusion.origin.adaptive
+    model = open_run(teacher).model
+    images = run.store.fetch(Items(digits.train.labels, torch.arange(len(digits.train))), None).images
+    with torch.no_grad():
+        said = model(images).logits.argmax(1)
+    counts = torch.zeros(10, 10)
+    for true, guess in zip(digits.train.labels.tolist(), said.tolist()):
+        counts[true, guess] += 1
+    torch.testing.assert_close(run.confusion.matrix, counts / counts.sum(1, keepdim=True))
+    before = run.confusion.matrix.clone()
+    train_epoch(run)
+    finish_epoch(run)
+    assert torch.equal(run.confusion.matrix, before)
+
+
+def test_a_fixed_confusion_must_fit(digits: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must name the folder of a finished run"):
+        build(digits, tmp_path, confusion_run=str(tmp_path / "nowhere"))
 
 
 def test_class_weighted_mean(digits: ImageDataset, tmp_path: Path) -> None:

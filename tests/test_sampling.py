@@ -16,6 +16,7 @@ from otmix.errors import UserError
 from otmix.randomness import Moment
 from otmix.sampling import (
     BackgroundStream,
+    ClassSampling,
     ForegroundSampler,
     ForegroundStream,
     _uniform_below,
@@ -312,3 +313,59 @@ def test_sampler_draws_the_same_under_several_workers() -> None:
         return torch.cat([index for index, _ in loader])
 
     assert torch.equal(epoch(0), epoch(2))
+
+
+# Re-sampling
+
+
+def test_laws_of_the_background_stream() -> None:
+    natural = C10_100.counts.double() / C10_100.total
+    assert ClassSampling(C10_100, power=1.0).class_probability(0.5) is None
+    balanced = ClassSampling(C10_100).class_probability(0.0)
+    assert balanced is not None
+    torch.testing.assert_close(balanced, torch.full((10,), 0.1).double())
+    square_root = ClassSampling(C10_100, power=0.5).class_probability(0.0)
+    assert square_root is not None
+    torch.testing.assert_close(square_root, natural.sqrt() / natural.sqrt().sum())
+    deferred = ClassSampling(C10_100, start=160 / 240)
+    assert [deferred.class_probability(epoch / 240) is None for epoch in (0, 159, 160, 239)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for bad in ({"start": 1.5}, {"start": -0.1}, {"power": math.inf}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            ClassSampling(C10_100, **bad)
+
+
+def test_deferred_resampling_switches_the_stream() -> None:
+    """Before the start an epoch is a permutation; from it on, all classes come equally often, no two epochs alike."""
+    counts = ClassCounts(torch.tensor([600, 120, 24]))
+    labels = shuffled_labels(counts)
+    stream = BackgroundStream(labels, 64, law=ClassSampling(counts, start=0.5).class_probability)
+    before = Items.concatenate(stream.epoch(Moment(epoch=4, epochs=10)))
+    assert index_of(before).sort().values.tolist() == list(range(744))
+    seen = torch.zeros(3)
+    for epoch in range(5, 10):
+        batches = stream.epoch(Moment(epoch=epoch, epochs=10))
+        assert [len(batch) for batch in batches] == [64] * 11 + [40]
+        items = Items.concatenate(batches)
+        assert torch.equal(labels[index_of(items)], items.labels)
+        seen += torch.bincount(items.labels, minlength=3)
+    assert chisquare(seen.numpy()).pvalue > 1e-3
+    again = Items.concatenate(stream.epoch(Moment(epoch=9, epochs=10)))
+    assert torch.equal(index_of(items), index_of(again))
+    other = Items.concatenate(stream.epoch(Moment(epoch=8, epochs=10)))
+    assert not torch.equal(index_of(items), index_of(other))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_resampled_batches_are_shared_out_over_processes(world: int) -> None:
+    counts = ClassCounts(torch.tensor([50, 9, 2]))
+    labels, law = shuffled_labels(counts), ClassSampling(counts).class_probability
+    whole = BackgroundStream(labels, 12, law=law).epoch(Moment())
+    parts = [BackgroundStream(labels, 12, world, law).epoch(Moment(rank=rank)) for rank in range(world)]
+    for step, batch in enumerate(whole[:-1]):
+        together = torch.stack([index_of(part[step]) for part in parts], dim=1).flatten()
+        assert torch.equal(together, index_of(batch))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from otmix.data.decoding import in_threads
 from otmix.data.resizing import side_needed, to_square
 from otmix.randomness import derive_seed
 
@@ -130,18 +132,30 @@ class View:
     augmentation: WindowFlip | None
 
     @property
-    def at_least(self) -> int | None:
+    def at_least(self) -> int:
         """The shorter side that images are read with: one for all requests, so that one decoded copy serves them."""
-        evaluation = side_needed(self.image_size)
-        if evaluation is None or self.augmentation is None:
-            return evaluation
-        return max(evaluation, self.augmentation.side_needed)
+        windows = 0 if self.augmentation is None else self.augmentation.side_needed
+        return max(side_needed(self.image_size), windows)
 
-    def empty(self, n: int, device: torch.device | str = "cpu") -> Tensor:
-        """Room for uint8 `[n,C,S,S]`."""
-        return torch.empty(n, self.channels, self.image_size, self.image_size, dtype=torch.uint8, device=device)
+    def batch(
+        self,
+        image: Callable[[int], Tensor],
+        indices: Sequence[int],
+        seed: int | None,
+        device: torch.device | str = "cpu",
+        threads: bool = False,
+    ) -> Tensor:
+        """uint8 `[n,C,S,S]` of the images `image(i)`; each has its own generator from (seed, place in the batch)."""
+        size = (len(indices), self.channels, self.image_size, self.image_size)
+        pixels = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def one(self, image: Tensor, place: int, seed: int | None) -> Tensor:
-        """uint8 `[C,S,S]`; each image has its own generator from (seed, place in the batch)."""
-        random = None if seed is None else torch.Generator().manual_seed(derive_seed(seed, "window", place))
-        return prepare(image, self.image_size, self.augmentation, random)
+        def see(place: int) -> None:
+            random = None if seed is None else torch.Generator().manual_seed(derive_seed(seed, "window", place))
+            pixels[place] = prepare(image(indices[place]), self.image_size, self.augmentation, random)
+
+        if threads:
+            in_threads(see, len(indices))
+        else:
+            for place in range(len(indices)):
+                see(place)
+        return pixels

@@ -21,10 +21,10 @@ def to_square(images: Tensor, size: int) -> Tensor:
     return _small_square(images, size) if size <= SMALL else _large_square(images, size)
 
 
-def side_needed(size: int) -> int | None:
-    """How long the shorter side should be when it is read for `to_square`; None: as it is. Twice the target, so that
-    the antialiased step still does most of the shrinking (as Pillow's `thumbnail`)."""
-    return None if size <= SMALL else 2 * round(size * 256 / 224)
+def side_needed(size: int) -> int:
+    """How long the shorter side should be when it is read for `to_square`: so long that its averages, or its
+    antialiasing, still do most of the shrinking (twice the target, as Pillow's `thumbnail`; more for small ones)."""
+    return 8 * SMALL if size <= SMALL else 2 * round(size * 256 / 224)
 
 
 def _small_square(images: Tensor, size: int) -> Tensor:

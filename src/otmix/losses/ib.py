@@ -41,7 +41,7 @@ def ib_loss(
 
 class _IB(torch.autograd.Function):
     """Computes the gradient along with the loss, from the odds d = log((1 − p_y) / p_y): 1 − p_y = σ(d), cross-entropy
-    = softplus(d), to the last digits also where p_y rounds to 1. Left to autograd, it takes three times as long.
+    = softplus(d), to the last digits also where p_y rounds to 1. Left to autograd, it takes up to three times as long.
     """
 
     @staticmethod
@@ -97,13 +97,13 @@ class IB(Criterion):
     range, and for an output without features.
 
     Args:
-        start: share of the run at which it begins (its code: 100 of 200 epochs).
-        scale: constant factor, which restores the size of the loss (its code's call: 1000; issue 1 says what for).
-        epsilon: added to the influence (its code: 0.001).
-        weights: class weights that sum to K: inverse is 1/n (its code, "IB"), effective is (1-b)/(1-b^n) with b = .9999
-            (its code, "IB + CB"), none is 1.
-        detach: whether the influence is a constant to the gradient (its code: no).
-        focal_gamma: exponent of a further factor 1 - p (its code: 1 in "IB + Focal", else none).
+        start: share of the run at which it begins (IB's code: 100 of 200 epochs).
+        scale: constant factor, which gives the loss its usual size back (IB's code: 1000).
+        epsilon: added to the influence (IB's code: 0.001).
+        weights: class weights that sum to K: inverse is 1/n (IB's code), effective is (1-b)/(1-b^n) with b = .9999 (its
+            IB + CB), none is 1.
+        detach: whether the influence is a constant to the gradient (IB's code: no).
+        focal_gamma: exponent of a further factor 1 - p, 0 for none (IB's code: 1 in its IB + Focal, else 0).
     """
 
     weight: Tensor

@@ -19,7 +19,8 @@ def lader(logits: Tensor, target: Target, prior: Tensor, regulariser: float = 0.
     """LADE's regulariser of a batch, a scalar: −Σ_c π_c (A_c − B_c − λ B_c²), from `logits [B,K]` and `prior [K]`.
 
     A_c is the mean of z_c over the items of class c, 0 where there is none; B_c = log mean_i exp(z_c(x_i) − log(K π_c))
-    over all items. The column is shifted by its own class's constant, as in its code.
+    over all items. The constant is that of the column, as in LADE's code; to weigh the items as if all classes were
+    equally frequent, it would have to be that of the item's own label.
 
     Of mixes, each label of an image is an item that weighs its share: A_c = Σ share · z_c / Σ share over the labels c.
     An image's shares sum to 1, so B_c remains the mean over images, and a share of 0 is an item that is not there.
@@ -29,39 +30,40 @@ def lader(logits: Tensor, target: Target, prior: Tensor, regulariser: float = 0.
 
 
 class _Lader(torch.autograd.Function):
-    """Keeps the logits and vectors for its gradient. Left to autograd, it takes twice as long and more memory."""
+    """Left to autograd, it takes up to twice as long."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, shares: Tensor, prior: Tensor, regulariser: float) -> Tensor:
-        mass = torch.zeros_like(prior).index_add_(0, labels.flatten(), shares.flatten())
-        per_mass = prior / mass.clamp_min_(torch.finfo(mass.dtype).tiny)
-        of_item = shares * per_mass[labels]
-        a = (of_item * logits.gather(1, labels)).sum()  # Σ_c π_c A_c
+        item, share = labels.flatten(), shares.flatten()
+        mass = torch.full_like(prior, torch.finfo(prior.dtype).tiny).index_add_(0, item, share)
+        of_item = (prior / mass).index_select(0, item).mul_(share)
+        a = of_item.dot(logits.gather(1, labels).flatten())  # Σ_c π_c A_c; no matmul, which autocast would round
         total = logits[0] - logits.log_softmax(0)[0]  # is logsumexp(0), in a third of the time
         b = total - (prior * logits.numel()).log()
         of_class = torch.addcmul(prior, prior, b, value=2 * regulariser)
-        ctx.save_for_backward(logits, labels, of_item, total, of_class)
-        return prior @ torch.addcmul(b, b, b, value=regulariser) - a
+        ctx.save_for_backward(logits, labels, of_item, of_class)
+        return prior.dot(torch.addcmul(b, b, b, value=regulariser)) - a
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, labels, of_item, total, of_class = ctx.saved_tensors
-        gradient = (logits - total).exp_().mul_(of_class * upstream)
-        return gradient.scatter_add_(1, labels, of_item * -upstream), None, None, None, None
+        logits, labels, of_item, of_class = ctx.saved_tensors
+        gradient = logits.softmax(0).mul_(of_class * upstream)
+        gradient.scatter_add_(1, labels, (of_item * -upstream).view_as(labels))
+        return gradient, None, None, None, None
 
 
 class LADE(Criterion):
-    """Cross-entropy of z + log π_c plus strength · LADER, which pulls z towards log p(x|y) / p(x) of a batch's classes;
-    at test time, on classes equally frequent, plain z.
+    """Cross-entropy of z + log π_c plus strength · LADER, which draws z_c towards the log ratio of class c's density to
+    that of all images; at test time, on classes equally frequent, plain z.
 
     LADER is of the whole batch: no class weight reaches it, and it is added after the reduction, whichever it is. A
     batch spread over devices has one LADER for each. Raises UserError for a negative strength or regulariser.
 
     Args:
-        strength: factor on LADER (its README for CIFAR-100 at imbalance 100: 0.1; ImageNet-LT and iNaturalist: 0.05).
-        regulariser: lambda of LADER's squared term (its README for CIFAR-100 at imbalance 100: 0.01, its
-            configuration file 0.1; ImageNet-LT and iNaturalist: 0.5).
+        strength: factor on LADER (LADE's README for CIFAR-100 at imbalance 100: 0.1; ImageNet-LT, iNaturalist: 0.05).
+        regulariser: lambda of LADER's squared term (LADE's README for CIFAR-100 at imbalance 100: 0.01, its file of
+            settings 0.1; ImageNet-LT, iNaturalist: 0.5).
     """
 
     prior: Tensor

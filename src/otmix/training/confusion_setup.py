@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from otmix.confusion import ConfusionCounter, perturb
 from otmix.data import ImageStore, open_store
-from otmix.errors import UserError
 from otmix.randomness import generator
 from otmix.training.confusion_source import STREAM_DECAY, ConfusionSource, as_items, balanced_subset, confusion_origin
 from otmix.training.setup import Plan, split_of
@@ -26,7 +25,7 @@ def build_confusion_source(plan: Plan, fabric: Fabric, train_store: ImageStore) 
 def fixed_confusion(plan: Plan, fabric: Fabric, train_store: ImageStore) -> Confusion | None:
     """F of the finished run that is named, if one is, on the data that the settings name; None for an adaptive F.
 
-    Raises UserError where the run was trained on other classes, or is none.
+    Raises UserError where there is no such run.
     """
     from otmix.training.runs import open_run
 
@@ -36,13 +35,6 @@ def fixed_confusion(plan: Plan, fabric: Fabric, train_store: ImageStore) -> Conf
     if source is None:
         return None
     run = open_run(Path(plan.protocol.confusion_run))
-    dataset = plan.dataset
-    known = (run.class_names, run.image_size, run.channels)
-    if known != (tuple(dataset.class_names), dataset.image_size, dataset.channels):
-        raise UserError(
-            f"F cannot come from {run.run_dir}: its classes or the size of its images are not those of {dataset.name}; "
-            "name a run on the same data with --set.confusion_run"
-        )
     return source.estimate_with(run.model.to(fabric.device), run.criterion.to(fabric.device))
 
 

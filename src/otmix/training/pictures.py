@@ -25,7 +25,7 @@ def draw_pictures(run: RunState, plan: Plan) -> None:
 
     A method that mixes nothing has no such pictures; one without transport has no plan.
     """
-    if run.state.mixer is None or run.foreground is None:
+    if run.state.mixer is None:
         return
     moment = replace(run.moment(0), epoch=run.stage.epochs - 1, step=run.background.steps_per_epoch, rank=0)
     pairing = run.state.mixer.pairing
@@ -37,9 +37,10 @@ def draw_pictures(run: RunState, plan: Plan) -> None:
     # candidates: one batch of each stream; the pictures show a few of them
     count = min(run.stage.background_batch, len(plan.dataset.train))
     backgrounds = run.store.fetch(run.background.epoch(moment)[0][:count], None)
-    foregrounds = run.store.fetch(run.foreground.draw(max(2, len(backgrounds)), moment.generator("picture")), None)[
-        : len(backgrounds)
-    ]
+    foregrounds = backgrounds  # of a batch that is mixed with itself
+    if run.foreground is not None:
+        drawn_items = run.foreground.draw(max(2, len(backgrounds)), moment.generator("picture"))
+        foregrounds = run.store.fetch(drawn_items, None)[: len(backgrounds)]
     mixer = replace(run.state.mixer, pairing=pairing, schedule=MixSchedule())
     with torch.no_grad():
         mixed = mixer(backgrounds, foregrounds, run.state.make_embed(StepItems(backgrounds, foregrounds)), context)

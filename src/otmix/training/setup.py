@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from otmix.config import RunConfig, with_defaults
 from otmix.costs import CombinedCost
 from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
 from otmix.errors import UserError
+from otmix.files import read_json
 from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
 from otmix.methods import Method, experts, parse_method
 from otmix.mixer import BatchMixer, MixSchedule
@@ -116,6 +118,21 @@ def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset
         raise UserError(
             f"{method.name} embeds no images that F could be streamed from; use --set.confusion_from held-out, or "
             "name a finished run with --set.confusion_run"
+        )
+    if protocol.confusion_run is not None and method.uses_confusion:
+        _check_fixed(Path(protocol.confusion_run), dataset)
+
+
+def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
+    """Raises UserError where F cannot come from `run_dir`: here, before anything is written."""
+    if not (run_dir / "result.json").is_file():
+        raise UserError(f"--set.confusion_run must name the folder of a finished run; {run_dir} is none")
+    data = read_json(run_dir / "data.json")
+    known = data["class_names"], data["image_size"], data["channels"]
+    if known != (list(dataset.class_names), dataset.image_size, dataset.channels):
+        raise UserError(
+            f"F cannot come from {run_dir}: its classes or the size of its images are not those of {dataset.name}; "
+            "name a run on the same data with --set.confusion_run"
         )
 
 
