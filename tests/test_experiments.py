@@ -20,6 +20,7 @@ from otmix import training
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.experiments import Comparison, ComparisonInterrupted, compare, jobs, paired_difference
+from otmix.experiments.compare import _config
 from otmix.experiments.jobs import train_in_processes, write_config
 from otmix.experiments.progress import share_done
 from otmix.experiments.unit_tables import results_table
@@ -478,6 +479,7 @@ def test_a_comparison_in_processes(tmp_path: Path, children: Path, monkeypatch: 
         RunConfig(out="runs/a", resume=True),
         RunConfig(data="folder", root="photos", imbalance=3.5, nesterov=True, pretrained=False, out="ä", resume=True),
         RunConfig(set=Overrides(alpha=1.0, keep_diagonal=True, select="sample"), download=False, lr=1e-5),
+        RunConfig(method="ib-drs+remix", set=Overrides(parts={"loss.detach": True, "mixer.kappa": 2.5})),
     ],
 )
 def test_the_file_given_to_a_process_says_the_same(tmp_path: Path, config: RunConfig) -> None:
@@ -581,6 +583,24 @@ def test_a_jpeg_copy_of_cifar10_is_marked(tmp_path: Path) -> None:
     archive = finish_run(RunConfig(data="cifar10", epochs=1, seed=1, out=str(tmp_path / "c")), 0.3, data=original)
     assert "/cifar-10/" in write_unit(archive, tmp_path).as_posix()
     assert results_table(read_units(tmp_path)).count("### ") == 2
+
+
+def test_a_unit_names_no_folder(tmp_path: Path) -> None:
+    changed = Overrides(confusion_run=str(tmp_path / "deep" / "teacher"), parts={"loss.tau": 2.0})
+    config = replace(BASE, method="logit-adjustment+otmix", set=changed, out=str(tmp_path / "a"))
+    text = write_unit(finish_run(config, 0.3), tmp_path / "results").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["config"]["set"] == {"confusion_run": "teacher", "loss.tau": 2.0}
+    assert "--set.confusion_run teacher --set.loss.tau 2.0" in json.loads(text)["command"]
+
+
+def test_settings_of_another_methods_part_leave_a_run_as_it_is(tmp_path: Path) -> None:
+    """`compare logit-adjustment ce+remix --set.loss.tau 2` gives tau to the one that has it, and one run of the other."""
+    base = replace(BASE, set=Overrides(parts={"loss.tau": 2.0}))
+    for method, has in (("logit-adjustment", True), ("ce+remix", False)):
+        config = _config(base, parse_method(method), 0, tmp_path)
+        assert config.set.parts == ({"loss.tau": 2.0} if has else {})
+        assert (config.hash == replace(BASE, method=method).hash) == (not has)
 
 
 def test_an_unfinished_run_is_no_unit(tmp_path: Path) -> None:

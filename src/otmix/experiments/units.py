@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         )
     result, data, environment = (read_json(run_dir / f"{name}.json") for name in ("result", "data", "environment"))
     title = data_title or _data_title(config, data)
+    config = _without_folders(config)
     identity = {key: value for key, value in config.identity.items() if key not in _PATHS}
     setting = {key: value for key, value in identity.items() if key not in ("method", "seed")}
     return {
@@ -152,6 +154,13 @@ def _data_title(config: RunConfig, data: dict[str, Any]) -> str:
     """
     copied = config.data == "folder" and set(data["class_names"]) == _CIFAR10
     return "CIFAR-10 (JPEG copy)" if copied else str(data["name"])
+
+
+def _without_folders(config: RunConfig) -> RunConfig:
+    """The run that a fixed F comes from is named by what it was, not by where it lies on this machine."""
+    if config.set.confusion_run is None:
+        return config
+    return replace(config, set=replace(config.set, confusion_run=Path(config.set.confusion_run).name))
 
 
 def _command(config: RunConfig) -> str:
