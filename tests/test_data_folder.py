@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset
+from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset, require_readable
 from otmix.errors import UserError
 
 
@@ -243,6 +243,20 @@ def test_skipping_bad_images_counts_and_lists_them(tmp_path: Path) -> None:
     assert "left out: 2" in note
     assert "train/a/001.png" in note
     assert "test/a/000.png" in note
+
+
+def test_what_is_required_is_read(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("a", 40), *numbered("b", 40))
+    source = load(tmp_path, test_fraction=0.5).test
+    assert source is not None
+    steps: list[tuple[int, int]] = []
+    require_readable(source, lambda done, n: steps.append((done, n)))
+    assert steps[-1] == (40, 40)
+    torn = tmp_path / source.name_of(33)
+    torn.write_bytes(torn.read_bytes()[:40])
+    with pytest.raises(UserError, match=f"{torn.name} cannot be read as an image .*--on-bad-image skip"):
+        require_readable(source)
+    require_readable(ArraySource(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])))
 
 
 def test_skipping_happens_before_thinning(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Everything from names and folders to batches of images."""
 
 from otmix.data.augmentation import ShiftFlip, Window, WindowFlip
-from otmix.data.dataset import DEFAULT_IMBALANCE, ImageDataset, load_dataset
+from otmix.data.dataset import DEFAULT_IMBALANCE, ImageDataset, load_dataset, require_readable
 from otmix.data.decoding import IMAGE_ENDINGS, decode
 from otmix.data.longtail import choose_subset, long_tail_counts, split_by_class
 from otmix.data.resizing import SMALL, to_square
@@ -29,6 +29,7 @@ __all__ = [
     "load_dataset",
     "long_tail_counts",
     "open_store",
+    "require_readable",
     "split_by_class",
     "to_square",
 ]

@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
-from otmix.data.decoding import Progress, find_unreadable
+from otmix.data.decoding import GLANCE, Progress, find_unreadable, in_threads
 from otmix.data.folder import choose_image_size, load_folder
 from otmix.data.longtail import choose_subset, split_by_class
 from otmix.data.resizing import SMALL
-from otmix.data.sources import FileSource, ImageSource, RawData
+from otmix.data.sources import ArraySource, FileSource, ImageSource, RawData
 from otmix.errors import UserError
 from otmix.types import ClassCounts
 
@@ -136,6 +136,12 @@ def load_dataset(
         raw.flip,
         raw.notes,
     )
+
+
+def require_readable(source: ImageSource, progress: Progress | None = None) -> None:
+    """Raises UserError that names a file that cannot be read: before hours of training rather than after them."""
+    if not isinstance(source, ArraySource):
+        in_threads(lambda i: source.read(i, GLANCE), len(source), progress)
 
 
 def _load_raw(data: DataName, root: str | Path | None, channels: int | None, download: bool) -> RawData:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
 _BLOCK = 32  # files per task: a task costs as much as decoding a thumbnail
-_GLANCE = 64  # pixels of the shorter side that are enough to know whether a file can be read
+GLANCE = 64  # pixels of the shorter side that are enough to know whether a file can be read
 
 
 def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> Tensor:
@@ -103,7 +103,7 @@ def size_of(path: str | Path, at_least: int | None = None) -> tuple[int, int] | 
         return None
 
 
-def in_threads(task: Callable[[int], None], n: int, progress: Progress | None = None) -> None:
+def in_threads(task: Callable[[int], object], n: int, progress: Progress | None = None) -> None:
     """`task(i)` for i < n, on all cores in blocks of neighbours. The first error by place in the sequence is raised."""
     threads = min(16, os.cpu_count() or 1)
     size = max(1, min(_BLOCK, n // (4 * threads)))  # a few large files must occupy all threads too
@@ -132,7 +132,7 @@ def find_unreadable(
 
     def check(i: int) -> None:
         try:
-            decode(root / paths[i], channels, _GLANCE)  # every byte is read, but few pixels are made
+            decode(root / paths[i], channels, GLANCE)  # every byte is read, but few pixels are made
         except UserError as error:
             reasons[i] = str(error.__cause__)
 

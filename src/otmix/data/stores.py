@@ -158,12 +158,13 @@ class WorkerStore:
                 if isinstance(pixels, str):
                     raise UserError(pixels)
                 yield self._batch(items, seed, pixels)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
+            reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
             raise UserError(
-                f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for want "
-                "of memory; pass fewer --workers or a smaller --batch-size, or --workers 0 to read without processes"
+                f"a process that reads images has died ({reason}), perhaps for want of memory; pass fewer --workers, a "
+                "smaller --batch-size, or --workers 0 to read without processes"
             ) from error
 
     def _batch(self, items: Items, seed: int | None, pixels: Tensor) -> Batch:

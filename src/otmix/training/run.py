@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from otmix.config import RunConfig
+from otmix.data import require_readable
 from otmix.errors import UserError
 from otmix.files import read_json, remove_temporaries
 from otmix.randomness import derive_seed
@@ -23,7 +24,7 @@ from otmix.training.outcome import finish
 from otmix.training.records import data_record, read_config, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import is_finished, run_dir_of
-from otmix.training.setup import Plan, load_data, prepare
+from otmix.training.setup import Plan, load_data, prepare, split_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -115,6 +116,8 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
             reporter.finish(read_json(run_dir / "result.json"), run_dir)
             return run_dir
     elif main:
+        if plan.config.on_bad_image == "error":  # with "skip" all have been read; now, not when training is over
+            require_readable(split_of(dataset, plan.config.final_split), reporter.loading)
         write_records(run_dir, plan.config, dataset, fabric.device)
     if main:
         remove_temporaries(run_dir)
