@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
-import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -213,15 +213,28 @@ def test_a_broken_file_is_named_without_a_traceback(files: FileSource, tmp_path:
         open_store(source, dataset_of(source, 72), "cpu", train=True)  # at once, not when its turn comes
 
 
-def test_a_worker_that_is_killed_is_one_sentence(arrays: ArraySource) -> None:
+class Endless(ArraySource):
+    """Whoever reads an image of it waits, and can be killed meanwhile."""
+
+    def read(self, index: int, at_least: int | None = None) -> torch.Tensor:
+        time.sleep(100)
+        return super().read(index, at_least)
+
+
+def test_a_worker_that_is_killed_while_it_is_waited_for_is_one_sentence(arrays: ArraySource) -> None:
     before = set(multiprocessing.active_children())
-    stream = WorkerStore(arrays, 16, "cpu", workers=2).stream((items_of(arrays), None) for _ in range(1000))
-    next(stream)
-    (victim, *_) = set(multiprocessing.active_children()) - before
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
+
+    def kill() -> None:
+        while not (children := set(multiprocessing.active_children()) - before):
+            time.sleep(0.1)
+        time.sleep(0.5)
+        for child in children:
+            child.kill()
+
+    source = Endless(arrays.images, arrays.labels)
+    threading.Thread(target=kill).start()
     with pytest.raises(UserError, match=r"has died .*--workers 0") as caught:
-        list(stream)
+        next(WorkerStore(source, 16, "cpu", workers=1).stream([(items_of(source), None)]))
     assert "\n" not in str(caught.value)
 
 

@@ -338,3 +338,32 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"not weights either")
     refused("no readable safetensors file")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_look_folds_batchnorm_into_the_convolutions(channels_last: bool) -> None:
+    """In eval mode without gradient the same function, as fewer operations; with gradient it is left alone."""
+    model = build_model("resnet20", 10, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    draw = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                assert tensor is not None
+                tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.2)
+    images = torch.rand(5, 3, 16, 16, generator=draw)
+    model.eval()
+    exact = model(images)
+    assert exact.logits.requires_grad
+    with torch.no_grad():
+        folded = model(images)
+    assert not torch.equal(folded.logits, exact.logits)
+    torch.testing.assert_close(
+        folded.logits, exact.logits, rtol=1e-3, atol=1e-4 * float(exact.logits.detach().abs().max())
+    )
+    model.train()
+    before = model.backbone.bn1.running_mean.clone()
+    with torch.no_grad():
+        model(images)
+    assert not torch.equal(before, model.backbone.bn1.running_mean)
