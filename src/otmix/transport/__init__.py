@@ -66,13 +66,15 @@ def sinkhorn(
             valid = cost.isfinite().flatten(-2).all(-1) & a_valid & b_valid
             cost = torch.where(valid[..., None, None], cost, 0.0)
             return Plan(*batched.solve(cost, a, b, valid, epsilon, max_iterations, tolerance))
-    low, high = (float(extreme) for extreme in torch.aminmax(cost))
+    # by NumPy: PyTorch's threads would still be spinning for work when BLAS wants their cores
+    numbers = cost.numpy()
+    low, high = float(numbers.min()), float(numbers.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("the cost must be finite; it has entries that are NaN or infinite")
     largest = max(abs(low), abs(high))
     with np.errstate(all="ignore"):  # ln 0 of an empty mass; overflows are looked for
         if not problems:
-            alone = single.solve(cost.numpy(), a.numpy(), b.numpy(), largest, epsilon, max_iterations, tolerance)
+            alone = single.solve(numbers, a.numpy(), b.numpy(), largest, epsilon, max_iterations, tolerance)
             return Plan(*(torch.as_tensor(part) for part in alone))
         each = [x.numpy().reshape(-1, *x.shape[len(problems) :]) for x in (cost, a, b)]
         plans = [single.solve(c, x, y, largest, epsilon, max_iterations, tolerance) for c, x, y in zip(*each)]

@@ -21,8 +21,9 @@ def solve(
     everywhere = bool(a.all() and b.all())
     # An empty row or column takes part with a mass that is lost in rounding, so that all scalings are positive.
     a_, b_ = (a, b) if everywhere else (np.maximum(a, eps**2), np.maximum(b, eps**2))
+    masses = None if everywhere else (a, b)
     # absorbed potentials, in units of ε
-    kernel, f, g, _ = _absorb(cost, epsilon, None, None, None if everywhere else (a, b), largest)
+    kernel, f, g, _ = _absorb(cost, epsilon, None, None, masses, largest, np.empty_like(cost))
     limit = far(tiny)
     block = np.empty((BLOCK + 1, len(b)), cost.dtype)
     u = np.empty_like(a)
@@ -55,7 +56,7 @@ def solve(
             break
         if not sound or _strays(kept / b_, limit):
             f, g = f + np.log(u / a_) if sound else f, g + np.log(kept / b_)
-            kernel, f, g, shift = _absorb(cost, epsilon, f, g, None if everywhere else (a, b), largest)
+            kernel, f, g, shift = _absorb(cost, epsilon, f, g, masses, largest, kernel)
             kept = b_ * np.exp(np.maximum(shift, -limit))
         v = kept * np.exp(_leap(steps, b_)) if sound and not rest else kept
 
@@ -77,13 +78,14 @@ def _absorb(
     g: Floats | None,
     masses: tuple[Floats, Floats] | None,
     largest: float,
+    out: Floats,
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """The kernel exp(−C/ε + f + g) with f and g shifted so that each row and column that has a mass has the maximum 1.
 
     Then no product with the kernel vanishes, whatever the cost. `f` and `g` are 0 where they are None; `masses` is
-    given where some are 0. Returns also the shifted f and g, and by how much g was.
+    given where some are 0; the kernel is written into `out`. Returns also the shifted f and g, and by how much g was.
     """
-    logits: Floats = cost * cost.dtype.type(-1 / epsilon)
+    logits = np.multiply(cost, cost.dtype.type(-1 / epsilon), out=out)
     limit = float(np.finfo(cost.dtype).max) / 8
     if largest / epsilon > limit:
         np.clip(logits, -limit, limit, out=logits)
