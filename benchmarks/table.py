@@ -65,8 +65,8 @@ def losses() -> list[str]:
 def main() -> None:
     of = read("training")
     lines = [
-        f"CPU, {of['threads']} threads, torch {of['torch']}, {of['precision']} where a network runs. Ratios are ours / other, median "
-        "(smallest … largest) of the rounds.",
+        f"CPU, {of['threads']} threads, torch {of['torch']}, {of['precision']} where a network runs. "
+        "Ratios are ours / other, median (smallest … largest) of the rounds.",
         "", "### transport.py", "", *transport(),
         "", "### training.py", "", *training(),
         "", "### mixing.py: against torchvision's CutMix (Mixup: its MixUp)", "", *mixing(),
