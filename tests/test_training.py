@@ -507,3 +507,20 @@ def test_compiled(method: str, tmp_path: Path) -> None:
     assert state.keys() == other.keys()
     checkpoint = load_checkpoint(compiled / "checkpoint.pt")
     assert checkpoint["model"].keys() == other.keys(), "a compiled run can be gone on with by any other program"
+
+
+def test_a_dead_reader_is_one_sentence_wherever_it_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises it from a signal handler, in the middle of anything; other errors stay what they are."""
+    import otmix.training.run as run_module
+
+    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+    def dies(*arguments: object) -> Path:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(run_module, "_train", dies)
+    with pytest.raises(UserError, match=r"a process that reads images has died .*--workers 0"):
+        train(replace(TINY, out=str(tmp_path / "a")))
+    said = "shapes do not fit"
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(replace(TINY, out=str(tmp_path / "b")))

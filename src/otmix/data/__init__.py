@@ -6,7 +6,7 @@ from otmix.data.decoding import IMAGE_ENDINGS, decode
 from otmix.data.longtail import choose_subset, long_tail_counts, split_by_class
 from otmix.data.resizing import SMALL, to_square
 from otmix.data.sources import ArraySource, FileSource, ImageSource, items_of
-from otmix.data.stores import HeldStore, ImageStore, ResidentStore, WorkerStore, open_store
+from otmix.data.stores import HeldStore, ImageStore, ResidentStore, WorkerStore, dead_reader, open_store
 
 __all__ = [
     "DEFAULT_IMBALANCE",
@@ -24,6 +24,7 @@ __all__ = [
     "WindowFlip",
     "WorkerStore",
     "choose_subset",
+    "dead_reader",
     "decode",
     "items_of",
     "load_dataset",

@@ -159,17 +159,27 @@ class WorkerStore:
                     raise UserError(pixels)
                 yield self._batch(items, seed, pixels)
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            if (told := dead_reader(error)) is None:
                 raise
-            reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
-            raise UserError(
-                f"a process that reads images has died ({reason}), perhaps for want of memory; pass fewer --workers, a "
-                "smaller --batch-size, or --workers 0 to read without processes"
-            ) from error
+            raise told from error
 
     def _batch(self, items: Items, seed: int | None, pixels: Tensor) -> Batch:
         here = Items(move(items.labels, self.device), move(_index(items), self.device))
         return Batch(here, _finish(move(pixels, self.device), self.augmentation, seed))
+
+
+def dead_reader(error: Exception) -> UserError | None:
+    """What to tell the user of an error that means that a worker process has died; None of another RuntimeError.
+
+    torch raises it from a signal handler, so it may come up anywhere in a step.
+    """
+    if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+        return None
+    reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
+    return UserError(
+        f"a process that reads images has died ({reason}), perhaps for want of memory; pass fewer --workers, a "
+        "smaller --batch-size, or --workers 0 to read without processes"
+    )
 
 
 def open_store(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from otmix.config import RunConfig
-from otmix.data import require_readable
+from otmix.data import dead_reader, require_readable
 from otmix.errors import UserError
 from otmix.files import read_json, remove_temporaries
 from otmix.randomness import derive_seed
@@ -55,6 +55,10 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             if config.devices * config.num_nodes == 1:
                 return _train(make_fabric(config), config, reporter)
             return train_in_processes(_train, config, reporter)
+    except RuntimeError as error:
+        if (told := dead_reader(error)) is None:
+            raise
+        raise told from error
     finally:
         reporter.close()
 
