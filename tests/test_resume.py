@@ -45,6 +45,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "warmup": 0.3,
     },
+    # three experts, temperatures and weights that begin late
+    "experts": {"method": "ride+otmix", "protocol": "clean", "set": {**EVERY_STEP, "curriculum_power": 0.5}},
+    # a second stream in every step, a buffer that is not saved, a background stream that changes its law
+    "branches": {"method": "bbn-ldam-drs", "protocol": "clean", "schedule": "ldam"},
 }
 TIMES = ("seconds", "images_per_second")
 
@@ -114,6 +118,8 @@ def test_the_reference_runs_are_worth_comparing(references: dict[str, Path]) -> 
     for name, run_dir in references.items():
         logged = rows(run_dir)
         assert [row["epoch"] for row in logged] == [0, 1, 2, 3]
+        if name == "branches":  # mixes nothing
+            continue
         assert any(row["transport_share"] > 0 for row in logged), name
         assert any(row["marginal_error"] is not None for row in logged), name
         assert np.load(run_dir / "pairs.npz")["transport"].sum() > 50, name
