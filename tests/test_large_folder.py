@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,9 +92,15 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# conftest gives tests one thread each; this network is a real one
+CORES = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+
+
 def otmix(*arguments: str | Path, timeout: float = 800) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "otmix", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=False)
+    return subprocess.run(
+        command, env=CORES, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=False
+    )
 
 
 def training(folder: Path, out: Path) -> list[str]:
@@ -123,7 +130,7 @@ def test_killed_and_resumed_it_is_the_same_run(folder: Path, reference: Path, tm
     """Its first life reads by workers, its second from memory: which one must not matter either."""
     run_dir = tmp_path / "run"
     command = [sys.executable, "-c", BY_WORKERS, *training(folder, run_dir), "--checkpoint-minutes", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=CORES, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while place(run_dir) < (0, 2):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
