@@ -120,7 +120,7 @@ class Protocol:
     )
     weighted_mean: Literal["mean", "weighted-mean"] = _setting(
         "mean",
-        "how a class-weighted mixed loss is averaged",
+        "how a loss with deferred class weights is averaged over a batch",
         "released code: each of the two terms is divided by the sum of its own batch's weights",
     )
     headline: Literal["last", "best-on-test"] = _setting(

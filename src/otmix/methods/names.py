@@ -131,19 +131,21 @@ class Method:
         if self.uses_confusion:
             names += _CONFUSION
         ordered = [f.name for f in fields(Protocol) if f.name in names]
-        return (*ordered, *(("weighted_mean",) if self.drw and self.mixer else ()), "headline")
+        return (*ordered, *(("weighted_mean",) if self.drw else ()), "headline")
 
     @property
     def part_settings(self) -> dict[str, Setting]:
         """The settings of its parts, by their keys: `loss.tau`, `mixer.kappa`, `model.experts`, `rebalancing.start`."""
-        found = {f"loss.{name}": setting for name, setting in settings_of(_loss(self.loss)).items()}
-        if self.pixels is not None:
-            own = settings_of(_pixel_rule(self.pixels))
-            found |= {f"mixer.{name}": own[name] for name in own if name not in _OF_PIXELS.values()}
-        for part in (*_architecture(self.architecture), *_rebalancing(self.rebalancing)):
-            group = "rebalancing" if part in _rebalancing(self.rebalancing) else "model"
-            found |= {f"{group}.{name}": setting for name, setting in settings_of(part).items()}
-        return found
+        parts = {
+            "loss": (_loss(self.loss),),
+            "mixer": () if self.pixels is None else (_pixel_rule(self.pixels),),
+            "model": _architecture(self.architecture),
+            "rebalancing": _rebalancing(self.rebalancing),
+        }
+        found = ((group, *item) for group, part in parts.items() for one in part for item in settings_of(one).items())
+        of_protocol = {f"mixer.{parameter}" for parameter in _OF_PIXELS.values()}
+        keyed = {f"{group}.{name}": setting for group, name, setting in found}
+        return {key: setting for key, setting in keyed.items() if key not in of_protocol}
 
     @property
     def defaults(self) -> dict[str, tuple[object, str]]:
