@@ -596,7 +596,7 @@ def test_a_unit_names_no_folder(tmp_path: Path) -> None:
 
 def test_settings_of_another_methods_part_leave_a_run_as_it_is(tmp_path: Path) -> None:
     """`compare logit-adjustment ce+remix --set.loss.tau 2` gives tau to the one that has it; the other is as ever."""
-    base = replace(BASE, set=Overrides(parts={"loss.tau": 2.0}))
+    base = replace(BASE, set=Overrides(omega=0.5, parts={"loss.tau": 2}))
     for method, has in (("logit-adjustment", True), ("ce+remix", False)):
         config = _config(base, parse_method(method), 0, tmp_path)
         assert config.set.parts == ({"loss.tau": 2.0} if has else {})

@@ -268,7 +268,6 @@ def test_soft_labels_where_the_loss_is_linear_in_them() -> None:
     "build",
     [
         lambda: LDAM(CIFAR, max_margin=0.0),
-        lambda: LDAM(CIFAR, scale=math.inf),
         lambda: Focal(CIFAR, gamma=-1.0),
         lambda: Focal(CIFAR, factor=0.0),
         lambda: LogitAdjustment(CIFAR, tau=math.nan),

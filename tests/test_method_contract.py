@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from otmix.cli import main
-from otmix.losses import LOSSES, Criterion
+from otmix.errors import UserError
+from otmix.losses import LOSSES, Criterion, register_loss
 from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, parse_method
 from otmix.mixing import PIXEL_RULES
 from otmix.protocols import Overrides
@@ -152,3 +153,69 @@ def test_a_settings_value_reaches_the_part(tmp_path: Path) -> None:
     assert built("ce-srs").background.law(0.0).tolist() == pytest.approx(
         [count**0.5 / sum(n**0.5 for n in contract.COUNTS) for count in contract.COUNTS]
     )
+
+
+def test_a_value_has_one_spelling() -> None:
+    """2, 2.0 and 2e0 are one run; what a setting cannot be is refused."""
+    method = parse_method("logit-adjustment")
+    spelt = [method.converted(Overrides(parts={"loss.tau": value})) for value in (2, 2.0, "2e0", "2.0")]
+    assert all(one == spelt[0] for one in spelt)
+    assert type(spelt[0].parts["loss.tau"]) is float
+    with pytest.raises(UserError, match=r"--set.loss.tau must be a number, it is x"):
+        method.converted(Overrides(parts={"loss.tau": "x"}))
+    run = parse_method("otmix").converted(Overrides(confusion_run="runs/a/"))
+    assert run.confusion_run == str(Path("runs/a"))
+
+
+def test_settings_without_annotation_or_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Criterion):
+        def __init__(self, counts, gamma=2.0, sizes=(1, 2)) -> None:  # type: ignore[no-untyped-def]
+            super().__init__(counts)
+
+    monkeypatch.setitem(LOSSES, "own", Own)
+    settings = parse_method("own").part_settings
+    assert list(settings) == ["loss.gamma"]
+    assert settings["loss.gamma"].convert("3") == 3.0
+
+
+@pytest.mark.parametrize("name", ["MyLoss", "x-drw", "ride-x", "a+b", ""])
+def test_a_loss_cannot_have_a_name_that_means_something_else(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be named"):
+        register_loss(name)
+
+
+def test_listed_defaults_are_those_that_run(tmp_path: Path) -> None:
+    for name, key in (
+        ("ce-srs", "rebalancing.power"),
+        ("ce-drs", "rebalancing.start"),
+        ("ce-drw", "rebalancing.start"),
+    ):
+        method = parse_method(name)
+        run = contract.tiny_run(method, tmp_path, schedule="steps")
+        law = run.stage.reweighting or run.stage.background_law.__self__  # type: ignore[union-attr]
+        assert getattr(law, key.partition(".")[2]) == method.part_settings[key].default
+    assert "mixer.tau" in parse_method("unimix").part_settings
+    assert "mixer.tau" not in parse_method("otmix-unimix").part_settings
+
+
+def test_rides_temperature_begins_with_its_weights(tmp_path: Path) -> None:
+    for schedule, start in (("steps", 160 / 240), ("ldam", 160 / 200)):
+        run = contract.tiny_run(parse_method("ride"), tmp_path, schedule=schedule)
+        assert run.stage.criterion.temperature_start == start  # type: ignore[union-attr]
+        assert run.stage.reweighting is not None
+        assert run.stage.reweighting.start == start
+
+
+@pytest.mark.parametrize("bad", [{"rebalancing.start": 5}, {"rebalancing.beta": 1}])
+def test_reweighting_out_of_range_is_refused_before_the_run(bad: dict[str, float], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"start of re-weighting|beta of the effective number"):
+        contract.tiny_run(parse_method("ce-drw"), tmp_path, set=Overrides(parts=bad))
+
+
+def test_confusion_pairing_follows_officials_leak() -> None:
+    method = parse_method("confusion")
+    assert [method.protocol(name).confusion_from for name in ("clean", "paper", "official")] == [
+        "held-out",
+        "held-out",
+        "test",
+    ]

@@ -174,6 +174,13 @@ def test_confusion_pairing_by_the_present_matrix() -> None:
     confusion = Confusion(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), ConfusionOrigin())
     known = PairingContext(Moment(), confusion)
     assert pairing(fore, back, never, known).background.tolist() == [0, 1]
+    # a class that is confused with none goes anywhere, not to class 0
+    sure = PairingContext(Moment(), Confusion(torch.eye(2), ConfusionOrigin()))
+    met = {
+        int(pairing(items(1), items(0, 1), never, PairingContext(Moment(step=step), sure.confusion)).background)
+        for step in range(40)
+    }
+    assert met == {0, 1}
 
 
 class Named:

@@ -18,7 +18,8 @@ from otmix.types import Confusion, ConfusionOrigin
 def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch.Generator) -> Confusion:
     """A confusion matrix made wrong on purpose, to see what that does: equal generators give equal errors.
 
-    The rows of a random share `shuffle` of the classes change places in a cycle, so that no one keeps its own; then a
+    The rows of a random share `shuffle` of the classes, two at least, change places in a cycle, so that no one keeps
+    its own; then a
     share `noise` of each row is replaced by uniform random numbers that sum to as much. 0 and 0 change nothing. Dense
     matrices only: raises UserError for a sparse one (more than 1000 classes).
     """
@@ -28,7 +29,9 @@ def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch
     if matrix.is_sparse:
         raise UserError("F of more than 1000 classes cannot be shuffled or noised; leave these settings at 0")
     classes = confusion.num_classes
-    moved = torch.randperm(classes, generator=generator)[: round(shuffle * classes)].to(matrix.device)
+    moved = torch.randperm(classes, generator=generator)[: max(2, round(shuffle * classes)) if shuffle > 0 else 0].to(
+        matrix.device
+    )
     random = torch.rand(classes, classes, generator=generator).to(matrix)
     if len(moved) > 1:
         matrix = matrix.index_copy(0, moved, matrix[moved.roll(1)])

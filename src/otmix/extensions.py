@@ -1,4 +1,4 @@
-"""Losses of one's own: Python files that are run for what they register (`--import my_loss.py`)."""
+"""Losses and mixers of one's own: Python files that are run for what they register (`--import my_loss.py`)."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ class ConfusionPairing:
     most.
 
     The paper's is a finished run's, fixed; without one, `context.confusion` says it. Where that class is not in the
-    batch, and before F is known, the background is drawn from the whole batch (the paper is silent on this).
+    batch, for a class that is confused with none, and before F is known, the background is drawn from the whole batch
+    (the paper is silent on this).
     """
 
     from_foregrounds = True
@@ -151,11 +152,12 @@ class ConfusionPairing:
         if confusion is None:
             return IndexPairing()(foreground, background, embed, context)
         every = torch.arange(confusion.num_classes, device=device)
-        partner = confusion.lookup(foreground.labels, every).argmax(1)
+        most, partner = confusion.lookup(foreground.labels, every).max(1)
         score = torch.rand(len(foreground), len(background), generator=context.moment.generator("pairing")).to(
             device, non_blocking=True
         )
-        score = score + (partner[:, None] == background.labels[None, :])
+        wanted = (partner[:, None] == background.labels[None, :]) & (most > 0)[:, None]
+        score = score + wanted
         return Pairs(torch.arange(len(foreground), device=device), score.argmax(1), by="confusion")
 
 

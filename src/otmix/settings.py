@@ -31,6 +31,12 @@ class Setting:
         members = get_args(self.kind)
         return (self.kind,) if get_origin(self.kind) is Literal or not members else members
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a text on the command line can say it."""
+        plain = all(kind in (bool, int, float, str, NoneType) or get_origin(kind) is Literal for kind in self._types)
+        return plain and self._types != (NoneType,)
+
     def convert(self, value: object, shown: str | None = None) -> Value:
         """A value as it was typed (a text, or what YAML made of it) in this setting's type. Raises UserError that names
         it as `shown`.
@@ -63,18 +69,21 @@ class Setting:
 
 
 def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",)) -> dict[str, Setting]:
-    """The settings of a class or function by name: its parameters that have a default, but for the `hidden` ones."""
+    """The settings of a class or function by name: its parameters that have a default, but for the `hidden` ones and
+    those of other types. One without annotation has the type of its default.
+    """
     import docstring_parser  # jsonargparse brings it; only listings and settings that are given need it
 
     initialiser = part.__init__ if inspect.isclass(part) else part
     hints = get_type_hints(initialiser)
     parsed = docstring_parser.parse(inspect.getdoc(part) or "", docstring_parser.DocstringStyle.GOOGLE)
     meanings = {found.arg_name: " ".join((found.description or "").split()) for found in parsed.params}
-    return {
-        name: Setting(name, hints.get(name, str), parameter.default, meanings.get(name, ""))
+    found = (
+        Setting(name, hints.get(name, type(parameter.default)), parameter.default, meanings.get(name, ""))
         for name, parameter in inspect.signature(part).parameters.items()
         if parameter.default is not parameter.empty and name not in hidden
-    }
+    )
+    return {setting.name: setting for setting in found if setting.is_plain}
 
 
 def chosen(part: Callable[..., Any], given: Mapping[str, object], group: str) -> dict[str, Value]:

@@ -32,7 +32,8 @@ def check_method(name: str, /, *, imports: list[Path]) -> int:
     console = stdout_console()
     method = parse_method(name)
     console.print(Text(f"{method.name}: {method.title}", style="bold"))
-    findings = contract.check_method(name)
+    with console.status("", spinner="dots") as status:
+        findings = contract.check_method(name, lambda check: status.update(f"checking that it {check}"))
     for found in findings:
         mark, style = ("ok", "green") if found.problem is None else ("FAILED", "bold red")
         console.print(Text.assemble((f"  {mark:<8}", style), found.check))

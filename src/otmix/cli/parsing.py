@@ -160,7 +160,7 @@ def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | b
 
 
 def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
-    """Texts as the values that YAML takes them for, so that a run's record says `2.0`, not `'2'`."""
+    """Texts as the values that YAML takes them for; their settings' types are known with the method."""
     import yaml
 
     return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in parts.items()}

@@ -105,10 +105,7 @@ def _place_in(chosen: Sequence[Method]) -> Callable[[tuple[str, int]], tuple[int
 
 
 def _config(base: RunConfig, method: Method, seed: int, folder: Path) -> RunConfig:
-    # settings of a part that this method has not are meant for another one of the comparison
-    parts = {key: value for key, value in base.set.parts.items() if key in method.part_settings}
-    changed = replace(base.set, parts=parts)
-    config = replace(base, method=method.name, seed=seed, out=None, resume=True, set=changed)
+    config = replace(base, method=method.name, seed=seed, out=None, resume=True, set=method.only_own(base.set))
     return replace(config, out=str(default_run_dir(config, folder)))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
+from otmix.errors import UserError
 from otmix.losses.balanced_softmax import BalancedSoftmax
 from otmix.losses.base import Criterion, Head, Reduction
 from otmix.losses.bayias import Bayias
@@ -36,11 +38,20 @@ _C = TypeVar("_C", bound=type[Criterion])
 
 
 def register_loss(name: str) -> Callable[[_C], _C]:
-    """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …)."""
+    """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …).
+
+    Raises UserError for a name that is taken, or that would mean something else in a method's name.
+    """
+    plain = re.fullmatch(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*", name)
+    if plain is None or name.startswith(("ride-", "bbn-")) or name.endswith(("-drw", "-drs", "-cbs", "-srs")):
+        raise UserError(
+            f"a loss cannot be named {name!r}; use lower-case letters, digits, '_' and '-', but not ride- or bbn- before, "
+            "nor -drw, -drs, -cbs or -srs behind"
+        )
 
     def add(criterion: _C) -> _C:
         if name in LOSSES:
-            raise ValueError(f"there is already a loss named {name!r}")
+            raise UserError(f"there is already a loss named {name!r}; choose another name")
         LOSSES[name] = criterion
         return criterion
 

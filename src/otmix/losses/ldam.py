@@ -35,22 +35,21 @@ class LDAM(Criterion):
 
     The head gives s·cos, so the margin here is s·m_c. (In LDAM's code the scale is in the loss and evaluation sees
     cosines; the numbers are the same.) Of a mix, each term has the margin of its own label. Raises UserError for a
-    margin or a scale that is not positive.
+    margin that is not positive.
 
     Args:
         max_margin: margin of the rarest class, in units of the cosine (LDAM's code: 0.5).
-        scale: s of the normed head, by which the margin is multiplied (LDAM's code: 30; the head's is 30).
     """
 
     head: ClassVar[Head] = "normed"
     margin: Tensor
 
-    def __init__(self, counts: ClassCounts, max_margin: float = 0.5, scale: float = HEAD_SCALE) -> None:
+    def __init__(self, counts: ClassCounts, max_margin: float = 0.5) -> None:
         super().__init__(counts)
-        if not (0 < max_margin < math.inf and 0 < scale < math.inf):
-            raise UserError(f"LDAM's max_margin and scale must be positive numbers, they are {max_margin} and {scale}")
+        if not 0 < max_margin < math.inf:
+            raise UserError(f"LDAM's max_margin must be a positive number, it is {max_margin}")
         # a function of the counts, so no checkpoint needs it
-        self.register_buffer("margin", (scale * ldam_margins(counts, max_margin)).float(), persistent=False)
+        self.register_buffer("margin", (HEAD_SCALE * ldam_margins(counts, max_margin)).float(), persistent=False)
 
     def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
         return ldam_loss(output.logits.float(), labels, self.margin)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from otmix.errors import UserError
 from otmix.sampling import effective_number
 from otmix.types import ClassCounts
 
@@ -32,6 +33,11 @@ class DeferredReweighting:
     counts: ClassCounts
     beta: float = 0.9999
     start: float = 160 / 240
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= 1:
+            raise UserError(f"the start of re-weighting is a share of the run, in [0, 1]; it is {self.start}")
+        effective_number_weights(self.counts, self.beta)  # raises for a beta out of range: now, not late in the run
 
     def class_weight(self, progress: float) -> Tensor | None:
         """float32 `[K]` on the CPU, or None while all weights are 1."""

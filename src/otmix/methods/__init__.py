@@ -19,6 +19,7 @@ from otmix.methods.parts import (
     PAIRING_PARTS,
     PAIRINGS,
     PIXEL_PARTS,
+    REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
     Part,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "PAIRINGS",
     "PAIRING_PARTS",
     "PIXEL_PARTS",
+    "REBALANCING_DEFAULTS",
     "REBALANCING_PARTS",
     "Method",
     "Part",

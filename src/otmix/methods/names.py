@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from otmix.errors import UserError
@@ -22,6 +23,7 @@ from otmix.methods.parts import (
     PAIRINGS,
     PIXEL_DEFAULTS,
     PIXEL_PARTS,
+    REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
     SECOND_STREAM_DEFAULTS,
     Architecture,
@@ -145,7 +147,38 @@ class Method:
         found = ((group, *item) for group, part in parts.items() for one in part for item in settings_of(one).items())
         of_protocol = {f"mixer.{parameter}" for parameter in _OF_PIXELS.values()}
         keyed = {f"{group}.{name}": setting for group, name, setting in found}
-        return {key: setting for key, setting in keyed.items() if key not in of_protocol}
+        idle = self._idle | of_protocol
+        own = {f"rebalancing.{name}": value for name, value in REBALANCING_DEFAULTS.get(self.rebalancing, {}).items()}
+        return {
+            key: replace(setting, default=own.get(key, setting.default))
+            for key, setting in keyed.items()
+            if key not in idle
+        }
+
+    @property
+    def _idle(self) -> set[str]:
+        """What a pixel rule says of partners within the batch, where the partners come from elsewhere."""
+        if self.pixels is None or self.pairing == "within-batch":
+            return set()
+        return {f"mixer.{name}" for name in getattr(_pixel_rule(self.pixels), "of_partners", ())}
+
+    def converted(self, overrides: Overrides) -> Overrides:
+        """The same settings, each in its type and in one spelling: `2`, `2.0` and `"2e0"` are one value, one run.
+
+        Raises UserError for a value that its setting cannot have.
+        """
+        known = self.part_settings
+        parts = {
+            key: known[key].convert(value, f"--set.{key}") if key in known else value
+            for key, value in overrides.parts.items()
+        }
+        run = overrides.confusion_run
+        return replace(overrides, parts=parts, confusion_run=None if run is None else str(Path(run)))
+
+    def only_own(self, overrides: Overrides) -> Overrides:
+        """The settings among these that this method reads; of a comparison, the others are meant for other methods."""
+        own = {*self.setting_names, *self.part_settings}
+        return self.converted(Overrides.from_dict({k: v for k, v in overrides.to_dict().items() if k in own}))
 
     @property
     def defaults(self) -> dict[str, tuple[object, str]]:
@@ -160,6 +193,8 @@ class Method:
     def adjusted(self, protocol: Protocol) -> Protocol:
         """The protocol with this method's own defaults."""
         changed: dict[str, Any] = {name: value for name, (value, _) in self.defaults.items()}
+        if self.pairing == "confusion" and protocol.confusion_from != "streamed":
+            del changed["confusion_from"]
         return replace(protocol, **changed)
 
     def protocol(self, name: ProtocolName, overrides: Overrides | None = None) -> Protocol:
@@ -171,7 +206,8 @@ class Method:
         adjusted = self.adjusted(protocol)
         for f in fields(Protocol):
             if f.name in self.setting_names:
-                source = self.defaults[f.name][1] if f.name in self.defaults else f.metadata["why"]
+                own = f.name in self.defaults and getattr(adjusted, f.name) == self.defaults[f.name][0]
+                source = self.defaults[f.name][1] if own else f.metadata["why"]
                 yield f.name, getattr(adjusted, f.name), f.metadata["meaning"], source
 
 
@@ -218,7 +254,7 @@ def experts(experts: int = 3) -> int:
     """How many experts RIDE has.
 
     Args:
-        experts: how many experts, 2 to 4 (the paper's tables: 3).
+        experts: how many experts, 1 to 8 (RIDE: 2 to 4; the paper's tables: 3).
     """
     return experts
 

@@ -71,7 +71,7 @@ LOSS_PARTS: dict[str, Part] = {
         "IB",
         "Park et al., ICCV 2021",
         "from half of the run on each image's loss is divided by its influence, |p - onehot| |h|, and weighted by 1/n; "
-        "the learning rate steps are its code's; the gradient flows through the weight, as in its code "
+        "with --schedule steps or ldam the learning rate steps are its code's; the gradient flows through the weight, as in its code "
         "(loss.detach stops it)",
     ),
     "lade": Part(
@@ -98,6 +98,9 @@ REBALANCING_PARTS: dict[str, Part] = {
     "cbs": Part("CBS", "Kang et al., ICLR 2020", "class-balanced sampling: the background stream draws classes evenly"),
     "srs": Part("SRS", "Mahajan et al., ECCV 2018", "square-root sampling: backgrounds' classes are drawn ~ n^(1/2)"),
 }
+
+# where these differ from the defaults of the class that does it (both deferred ones begin when the schedule says)
+REBALANCING_DEFAULTS: dict[str | None, dict[str, float]] = {"drs": {"start": 160 / 240}, "srs": {"power": 0.5}}
 
 PIXEL_PARTS: dict[str, Part] = {
     "cutmix": Part("CutMix", "Yun et al., ICCV 2019", "pastes a rectangle of one image into another of the batch"),

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from otmix.errors import UserError
 from otmix.mixing.cutmix import CutMix
 from otmix.mixing.mixup import Mixup
 from otmix.mixing.remix import Remix
@@ -63,19 +64,19 @@ _M = TypeVar("_M", bound=type[Mixer])
 def register_mixer(name: str) -> Callable[[_M], _M]:
     """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …).
 
-    Raises ValueError for a name that is taken or is not made of lower-case letters, digits and `_`, and for a class
+    Raises UserError for a name that is taken or is not made of lower-case letters, digits and `_`, and for a class
     that lacks `draw` or `apply`.
     """
     # "+" and "-" would make a method's name mean something else
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None:
-        raise ValueError(f"a mixer's name is lower-case letters, digits and '_', from a letter on, not {name!r}")
+        raise UserError(f"a mixer's name is lower-case letters, digits and '_', from a letter on, not {name!r}")
 
     def add(mixer: _M) -> _M:
         if name in PIXEL_RULES:
-            raise ValueError(f"there is already a mixer named {name!r}")
+            raise UserError(f"there is already a mixer named {name!r}")
         missing = [method for method in ("draw", "apply") if not callable(getattr(mixer, method, None))]
         if missing:
-            raise ValueError(f"the mixer {name!r} needs the methods draw and apply; it lacks {' and '.join(missing)}")
+            raise UserError(f"the mixer {name!r} needs the methods draw and apply; it lacks {' and '.join(missing)}")
         PIXEL_RULES[name] = mixer
         return mixer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class UniMix:
         alpha: b ~ Beta(alpha, alpha) is what the rarer class's advantage is added to (UniMix's code: 0.8).
         tau: partners are drawn within the batch by n^tau (UniMix's code: -0.5 on CIFAR-10-LT, -0.1 on CIFAR-100-LT).
     """
+
+    of_partners: ClassVar[tuple[str, ...]] = ("tau",)
+    """Settings that only matter where partners are drawn within the batch."""
 
     counts: ClassCounts
     alpha: float = 0.8

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from otmix.data import open_store
-from otmix.files import write_atomic, write_json
+from otmix.files import read_json, write_atomic, write_json
 from otmix.reports.page import write_page
 from otmix.training.confusion_source import as_items
 from otmix.training.loop import RunState
@@ -44,9 +45,7 @@ def finish(run: RunState, plan: Plan) -> None:
         "title": method.title,
         "protocol": config.protocol,
         "set": config.to_dict()["set"],
-        "looks_at_test": plan.protocol.looks_at_test
-        if method.uses_confusion
-        else plan.protocol.headline == "best-on-test",
+        "looks_at_test": _looks_at_test(plan),
         "headline_epoch": run.best["epoch"] if run.best is not None else config.epochs,
         "data": dataset.name,
         "split": config.final_split,
@@ -65,6 +64,17 @@ def finish(run: RunState, plan: Plan) -> None:
     write_page(run.run_dir)
     run.reporter.finish(result, run.run_dir)
     run.fabric.barrier()
+
+
+def _looks_at_test(plan: Plan) -> bool:
+    """Whether the test set had any influence, be it through the run that a fixed F comes from."""
+    protocol = plan.protocol
+    if not plan.method.uses_confusion:
+        return protocol.headline == "best-on-test"
+    teacher = protocol.confusion_run
+    return protocol.looks_at_test or (
+        teacher is not None and bool(read_json(Path(teacher) / "result.json").get("looks_at_test"))
+    )
 
 
 def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor, pairs: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from otmix.config import RunConfig
 from otmix.data import dead_reader, require_readable
 from otmix.errors import UserError
 from otmix.files import read_json, remove_temporaries
+from otmix.methods import parse_method
 from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
 from otmix.training.build import build_run
@@ -36,6 +38,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     Raises UserError for whatever the user can mend, `Interrupted` when asked to stop (a checkpoint has been saved).
     """
     reporter = reporter or Silent()
+    config = replace(config, set=parse_method(config.method).converted(config.set))
     run_dir = run_dir_of(config)
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
         # torchrun or SLURM started this process beside rank 0, which looks after the directory

@@ -71,7 +71,7 @@ def open_run(run_dir: Path) -> Run:
     data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
     counts = ClassCounts(torch.tensor(data["counts"]))
     method = parse_method(config.method)
-    criterion = build_criterion(method, counts, config.set)
+    criterion = build_criterion(method, counts, config)
     assert config.backbone is not None  # a recorded configuration is filled in
     model = build_model(
         config.backbone,

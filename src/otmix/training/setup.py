@@ -18,7 +18,7 @@ from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
 from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
-from otmix.methods import Method, experts, parse_method
+from otmix.methods import REBALANCING_DEFAULTS, Method, experts, parse_method
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import PIXEL_RULES, Mixer
 from otmix.models import Classifier, build_model, default_backbone, embed
@@ -78,13 +78,14 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
 def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
     """Fill in the defaults, then build model and stage. Raises UserError for settings that do not go together."""
     method = parse_method(config.method)
+    config = replace(config, set=method.converted(config.set))
     backbone = "resnet8" if config.data == "digits" else default_backbone(dataset.image_size, dataset.small)
     config = with_defaults(
         replace(config, method=method.name), small=dataset.small, backbone=backbone, image_size=dataset.image_size
     )
     protocol = config.protocol_settings
     _check_splits(config, method, protocol, dataset)
-    criterion = build_criterion(method, dataset.counts, config.set)
+    criterion = build_criterion(method, dataset.counts, config)
     assert config.backbone is not None  # with_defaults filled it in
     model = build_model(
         config.backbone,
@@ -99,9 +100,10 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
         **architecture_of(method, criterion, config.set),
     )
     if method.pairing == "transport" and protocol.features == "official" and not model.supports_official:
+        remedy = "--backbone resnet32, or" if method.architecture == "plain" else "a method without experts, or"
         raise UserError(
             f"the features of protocol 'official' exist in plain CIFAR ResNets only, not in {method.name} with "
-            f"{config.backbone}; choose --backbone resnet32, or --protocol clean"
+            f"{config.backbone}; choose {remedy} --protocol clean"
         )
     return Plan(config, method, protocol, dataset, model, build_stages(config, method, protocol, dataset, criterion))
 
@@ -128,7 +130,7 @@ def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
     if not (run_dir / "result.json").is_file():
         raise UserError(f"--set.confusion_run must name the folder of a finished run; {run_dir} is none")
     data = read_json(run_dir / "data.json")
-    known = data["class_names"], data["image_size"], data["channels"]
+    known = tuple(data.get(key) for key in ("class_names", "image_size", "channels"))
     if known != (list(dataset.class_names), dataset.image_size, dataset.channels):
         raise UserError(
             f"F cannot come from {run_dir}: its classes or the size of its images are not those of {dataset.name}; "
@@ -136,13 +138,19 @@ def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
         )
 
 
-def build_criterion(method: Method, counts: ClassCounts, changed: Overrides) -> Criterion:
-    """The loss of a method, of each of its experts for RIDE, with the settings that were changed."""
+def build_criterion(method: Method, counts: ClassCounts, config: RunConfig) -> Criterion:
+    """The loss of a method, of each of its experts for RIDE, with the settings that were changed.
+
+    RIDE's temperature begins with its class weights, when the schedule of the filled-in configuration says.
+    """
+    assert config.schedule is not None
+    changed = config.set
     part = LOSSES[method.loss]
     criterion = part(counts, **chosen(part, changed.parts, "loss"))
     if method.architecture != "ride":
         return criterion
-    return RIDE(counts, criterion, **chosen(RIDE, changed.parts, "model"))  # type: ignore[arg-type]  # checked by `chosen`
+    own: dict[str, Any] = {"temperature_start": Schedule.named(config.schedule).deferred}
+    return RIDE(counts, criterion, **(own | chosen(RIDE, changed.parts, "model")))
 
 
 def architecture_of(method: Method, criterion: Criterion, changed: Overrides) -> dict[str, Any]:
@@ -198,10 +206,11 @@ def build_rebalancing(
     method: Method, counts: ClassCounts, changed: Overrides, deferred: float
 ) -> tuple[DeferredReweighting | None, ClassSampling | None]:
     """Class weights of the loss, or classes of the background stream; `deferred` is when drw and drs begin."""
-    own: dict[str, dict[str, Any]] = {"drw": {"start": deferred}, "drs": {"start": deferred}, "srs": {"power": 0.5}}
     if method.rebalancing is None:
         return None, None
-    defaults = own.get(method.rebalancing, {})
+    defaults: dict[str, Any] = dict(REBALANCING_DEFAULTS.get(method.rebalancing, {}))
+    if method.rebalancing in ("drw", "drs"):
+        defaults["start"] = deferred
     part = DeferredReweighting if method.drw else ClassSampling
     built = part(counts, **(defaults | chosen(part, changed.parts, "rebalancing")))
     return (built, None) if isinstance(built, DeferredReweighting) else (None, built)

@@ -37,7 +37,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, eq=False)
 class StepItems:
-    """The images of one step; `foreground` is there only when this step's mixing takes from the second stream."""
+    """The images of one step; `foreground` is there only when this step takes from the second stream."""
 
     background: Batch
     foreground: Batch | None
