@@ -29,11 +29,10 @@ def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch
     if matrix.is_sparse:
         raise UserError("F of more than 1000 classes cannot be shuffled or noised; leave these settings at 0")
     classes = confusion.num_classes
-    moved = torch.randperm(classes, generator=generator)[: max(2, round(shuffle * classes)) if shuffle > 0 else 0].to(
-        matrix.device
-    )
+    several = max(2, round(shuffle * classes)) if shuffle > 0 else 0
+    moved = torch.randperm(classes, generator=generator)[:several].to(matrix.device)
     random = torch.rand(classes, classes, generator=generator).to(matrix)
-    if len(moved) > 1:
+    if several:
         matrix = matrix.index_copy(0, moved, matrix[moved.roll(1)])
     random = random / random.sum(1, keepdim=True) * matrix.sum(1, keepdim=True)
     origin = replace(confusion.origin, perturbed=True)

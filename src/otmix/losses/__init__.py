@@ -45,8 +45,8 @@ def register_loss(name: str) -> Callable[[_C], _C]:
     plain = re.fullmatch(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*", name)
     if plain is None or name.startswith(("ride-", "bbn-")) or name.endswith(("-drw", "-drs", "-cbs", "-srs")):
         raise UserError(
-            f"a loss cannot be named {name!r}; use lower-case letters, digits, '_' and '-', but not ride- or bbn- before, "
-            "nor -drw, -drs, -cbs or -srs behind"
+            f"a loss cannot be named {name!r}; use lower-case letters, digits, '_' and '-', but not ride- or bbn- "
+            "before, nor -drw, -drs, -cbs or -srs behind"
         )
 
     def add(criterion: _C) -> _C:

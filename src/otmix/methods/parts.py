@@ -71,8 +71,8 @@ LOSS_PARTS: dict[str, Part] = {
         "IB",
         "Park et al., ICCV 2021",
         "from half of the run on each image's loss is divided by its influence, |p - onehot| |h|, and weighted by 1/n; "
-        "with --schedule steps or ldam the learning rate steps are its code's; the gradient flows through the weight, as in its code "
-        "(loss.detach stops it)",
+        "with --schedule steps or ldam the learning rate steps are its code's; the gradient flows through the weight, "
+        "as in its code (loss.detach stops it)",
     ),
     "lade": Part(
         "LADE",
