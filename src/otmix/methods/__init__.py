@@ -1,19 +1,9 @@
 """Every row of the paper's tables as a value, and the grammar of their names."""
 
-from otmix.methods.names import (
-    ALIASES,
-    Method,
-    all_methods,
-    base_name,
-    experts,
-    known_losses,
-    known_mixers,
-    loss_part,
-    mixer_part,
-    parse_method,
-    protocol_differences,
-)
+from otmix.methods.method import Method, base_name, experts, loss_part, mixer_part
+from otmix.methods.names import all_methods, known_losses, known_mixers, parse_method, protocol_differences
 from otmix.methods.parts import (
+    ALIASES,
     ARCHITECTURE_PARTS,
     LOSS_PARTS,
     PAIRING_PARTS,

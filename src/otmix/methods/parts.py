@@ -188,3 +188,14 @@ SECOND_STREAM_DEFAULTS: dict[str, dict[str, tuple[object, str]]] = {
 CONFUSION_DEFAULTS: dict[str, tuple[object, str]] = {
     "confusion_from": ("held-out", "nothing is embedded during training that F could be streamed from"),
 }
+
+ALIASES: dict[str, str] = {
+    "erm": "ce",
+    "drw": "ce-drw",
+    "erm-drw": "ce-drw",
+    "balms": "balanced-softmax",
+    "balms-drw": "balanced-softmax-drw",
+    "ride": "ride-ldam-drw",
+    "bbn": "bbn-ce",
+    **{mixer: f"ce+{mixer}" for mixer in (*PAIRINGS, *PIXEL_PARTS)},
+}
