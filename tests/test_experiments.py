@@ -27,8 +27,9 @@ from otmix.experiments.unit_tables import results_table
 from otmix.experiments.units import BEGIN, END, fill_region, main, read_units, write_unit
 from otmix.files import write_json
 from otmix.methods import parse_method
-from otmix.protocols import Overrides
+from otmix.protocols import PROTOCOLS, Overrides
 from otmix.training.records import read_config
+from otmix.training.setup import effective_settings
 
 ERRORS = {
     ("ce", 0): 0.30,
@@ -49,6 +50,7 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
     method = parse_method(config.method)
     config = with_defaults(replace(config, method=method.name), small=True, backbone="resnet8", image_size=8)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    write_json(run_dir / "settings.json", effective_settings(config))
     names = ["ant", "bee"]
     write_json(
         run_dir / "data.json",
@@ -173,6 +175,17 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path, trainer: Tra
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values | {"epochs": 9}))
     with pytest.raises(UserError, match=r"other settings \(epochs: 9 there, 3 asked for"):
         run(tmp_path, ["erm"], seeds=1)
+
+
+def test_a_run_with_what_was_the_default_once_is_not_taken_for_one_with_todays(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ["cmo"], seeds=1)
+    monkeypatch.setitem(PROTOCOLS, "clean", replace(PROTOCOLS["clean"], foreground_r=0.25))
+    with pytest.raises(UserError, match=r"other settings \(set.foreground_r: 1.0 there, 0.25 asked for"):
+        run(tmp_path, ["cmo"], seeds=1)
+    run(tmp_path, ["cmo"], seeds=1, base=replace(BASE, set=Overrides(foreground_r=1.0)))
+    assert trainer.trained == [("ce+cmo", 0), ("ce+cmo", 0)]
 
 
 @pytest.mark.parametrize("stop", [UserError("the disk is full"), RuntimeError("out of memory\nmore"), OSError("no")])
@@ -530,7 +543,7 @@ def test_a_unit_is_named_after_what_was_run_and_says_where_it_came_from(tmp_path
     run_dir = finish_run(replace(config, out=str(tmp_path / "run")), 0.25)
     path = write_unit(run_dir, tmp_path / "results")
     name = path.relative_to(tmp_path / "results").as_posix()
-    assert re.fullmatch(r"units/digits/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-seed4\.json", name)
+    assert re.fullmatch(r"units/digits/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-[0-9a-f]{6}-seed4\.json", name)
     unit = json.loads(path.read_text())
     assert str(tmp_path) not in path.read_text(), "a unit names no place on a machine"
     assert unit["commit"] == "abc123"
@@ -592,6 +605,16 @@ def test_a_unit_names_no_folder(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     assert json.loads(text)["config"]["set"] == {"confusion_run": "teacher", "loss.tau": 2.0}
     assert "--set.confusion_run teacher --set.loss.tau 2.0" in json.loads(text)["command"]
+    assert json.loads(text)["settings"]["confusion_run"] == "teacher"
+
+
+def test_a_table_says_by_todays_defaults_what_a_run_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = replace(BASE, method="otmix", out=str(tmp_path / "then"))
+    write_unit(finish_run(then, 0.25), tmp_path)
+    monkeypatch.setitem(PROTOCOLS, "clean", replace(PROTOCOLS["clean"], foreground_r=0.25))
+    write_unit(finish_run(replace(then, out=str(tmp_path / "now")), 0.20), tmp_path)
+    lines = [line.split(" | ")[1:4] for line in results_table(read_units(tmp_path)).splitlines() if "OTmix" in line]
+    assert lines == [["clean", "1", "20.00"], ["clean; foreground_r 1.0", "1", "25.00"]]
 
 
 def test_settings_of_another_methods_part_leave_a_run_as_it_is(tmp_path: Path) -> None:

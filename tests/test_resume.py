@@ -306,6 +306,12 @@ def test_where_and_how_it_is_computed_may_change(
     assert_same(run_dir, references["streamed"])
 
 
+def test_a_default_may_be_spelt_out(server: Server, stopped: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(stopped, tmp_path / "moved")
+    outcome = server.run(configuration("streamed", run_dir, set={**RUNS["streamed"]["set"], "box": "exact"}))
+    assert outcome.kind == "done", outcome.text
+
+
 @pytest.fixture(scope="module")
 def stopped(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("stopped") / "run"

@@ -286,6 +286,7 @@ def test_the_run_directory_is_complete(tmp_path: Path, monkeypatch: pytest.Monke
         "predictions.npz",
         "report.html",
         "result.json",
+        "settings.json",
     }
     for name in ("mixed.png", "plan.png"):
         with Image.open(run_dir / "figures" / name) as picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -167,10 +168,12 @@ class RunConfig:
             json.dumps(self.identity, sort_keys=True, default=str).encode(), digest_size=5
         ).hexdigest()
 
-    def difference(self, other: RunConfig) -> list[str]:
-        """Where another run's identity differs: "epochs: 200 here, 240 there"."""
-        mine, theirs = self.identity, other.identity
-        return [f"{key}: {mine[key]} here, {theirs[key]} there" for key in mine if mine[key] != theirs[key]]
+    def identity_with(self, settings: Mapping[str, object]) -> dict[str, object]:
+        """The identity with every setting of the method, as `Method.effective` gives them, in place of those that were
+        changed: `set.alpha` and so on.
+        """
+        same = {key: value for key, value in self.identity.items() if key != "set"}
+        return same | {f"set.{key}": value for key, value in settings.items()}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.files import read_json
 from otmix.methods import Method, parse_method
-from otmix.training.records import read_config, runs_folder
+from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
 
@@ -116,11 +116,12 @@ def _run_dir(config: RunConfig) -> Path:
 def _reused(method: str, seed: int, config: RunConfig) -> Outcome:
     """A finished run. Raises UserError where its folder holds another one: what is shown must be what was asked for."""
     run_dir = _run_dir(config)
-    asked, done = config.identity, read_config(run_dir).identity
+    asked = config.identity_with(parse_method(method).effective(config.protocol, config.set))
+    done = read_config(run_dir).identity_with(read_settings(run_dir))
     other = [
-        f"{key}: {done[key]} there, {asked[key]} asked for"
-        for key in asked
-        if asked[key] is not None and asked[key] != done[key]
+        f"{key}: {done.get(key)} there, {value} asked for"
+        for key, value in asked.items()
+        if value is not None and value != done.get(key)
     ]
     if other:
         raise UserError(

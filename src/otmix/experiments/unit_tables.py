@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmix.errors import UserError
+from otmix.methods import parse_method
+from otmix.training.schedules import Schedule
 from otmix.types import SHOT_GROUPS
 
 Unit = dict[str, Any]
@@ -102,14 +104,14 @@ def _order(unit: Unit) -> tuple[Any, ...]:
     """Baselines first; the released code's protocol, which looks at the test set, last."""
     method, config = unit["method"], unit["config"]
     protocol = ("clean", "paper", "official").index(config["protocol"])
-    return "+" in method, "-drw" in method, method, protocol, json.dumps(config["set"], sort_keys=True)
+    return "+" in method, "-drw" in method, method, protocol, json.dumps(unit["settings"], sort_keys=True)
 
 
 def _cells(seeds: Sequence[Unit]) -> list[str]:
     first = seeds[0]
     found = [unit["evaluation"] for unit in seeds]
     marks = (" †" if len(seeds) == 1 else "") + (" ‡" if any(unit["looks_at_test"] for unit in seeds) else "")
-    changed = ", ".join(f"{key} {value}" for key, value in sorted(first["config"]["set"].items()))
+    changed = ", ".join(f"{key} {value}" for key, value in sorted(_changed(first).items()))
     return [
         first["title"] + marks,
         first["config"]["protocol"] + (f"; {changed}" if changed else ""),
@@ -120,6 +122,17 @@ def _cells(seeds: Sequence[Unit]) -> list[str]:
         _spread([one["calibration_error"] for one in found]),
         _seconds(seeds),
     ]
+
+
+def _changed(unit: Unit) -> dict[str, Any]:
+    """The settings of a run that are not today's defaults of its protocol, whether they were then or not."""
+    config = unit["config"]
+    try:
+        deferred = Schedule.named(config["schedule"]).deferred
+        usual = parse_method(unit["method"]).effective(config["protocol"], deferred=deferred)
+    except UserError:  # a method registered by an import that is not made here
+        usual = {key: value for key, value in unit["settings"].items() if key not in config["set"]}
+    return {key: value for key, value in unit["settings"].items() if value != usual.get(key)}
 
 
 def _notes(units: Sequence[Unit], lines: Sequence[Sequence[Unit]]) -> list[str]:

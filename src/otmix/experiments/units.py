@@ -23,7 +23,7 @@ from otmix.errors import UserError
 from otmix.experiments.unit_tables import results_table
 from otmix.files import read_json, write_text
 from otmix.training import is_finished
-from otmix.training.records import read_config
+from otmix.training.records import read_config, read_settings
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
@@ -40,7 +40,8 @@ _KEPT = (
 
 
 def write_unit(run_dir: Path, results_dir: Path, *, data_title: str | None = None) -> Path:
-    """Copy the facts of a finished run to `<results_dir>/units/<data>/<setting>/<method>-seed<k>.json`; that path.
+    """Copy the facts of a finished run to `<results_dir>/units/<data>/<setting>/<method>-<hash>-seed<k>.json`; that
+    path. The hash is that of the method's settings.
 
     The name depends on nothing but what was run, so the unit of a repeated run replaces the old one. `data_title` is
     how tables call the data. Raises UserError where the run is not finished.
@@ -50,7 +51,7 @@ def write_unit(run_dir: Path, results_dir: Path, *, data_title: str | None = Non
     parts = [f"{config['backbone']}", f"{config['image_size']}px", f"if{unit['data']['imbalance']:.4g}"]
     setting = "-".join([*parts, f"{config['epochs']}ep", config["protocol"], unit["setting_hash"]])
     folder = results_dir / "units" / _slug(unit["data"]["title"]) / _slug(setting)
-    path = folder / f"{_slug(unit['method'])}-seed{unit['seed']}.json"
+    path = folder / f"{_slug(unit['method'])}-{_digest(unit['settings'], 6)}-seed{unit['seed']}.json"
     text = json.dumps(unit, indent=1, ensure_ascii=False)
     text = re.sub(
         r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text
@@ -69,9 +70,13 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         )
     result, data, environment = (read_json(run_dir / f"{name}.json") for name in ("result", "data", "environment"))
     title = data_title or _data_title(config, data)
-    config = _without_folders(config)
+    settings = read_settings(run_dir)
+    if (teacher := settings.get("confusion_run")) is not None:
+        # the run that a fixed F comes from is named by what it was, not by where it lies on this machine
+        settings["confusion_run"] = Path(teacher).name
+        config = replace(config, set=replace(config.set, confusion_run=Path(teacher).name))
     identity = {key: value for key, value in config.identity.items() if key not in _PATHS}
-    setting = {key: value for key, value in identity.items() if key not in ("method", "seed")}
+    setting = {key: value for key, value in identity.items() if key not in ("method", "seed", "set")}
     return {
         "method": result["method"],
         "title": result["title"],
@@ -80,6 +85,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         "looks_at_test": result["looks_at_test"],
         "command": _command(config),
         "config": identity,
+        "settings": settings,
         "config_hash": result["hash"],
         "setting_hash": _digest({**setting, "data": title}, 6),
         "data": {
@@ -103,7 +109,8 @@ def read_units(results_dir: Path) -> list[dict[str, Any]]:
     units = []
     for path in sorted((results_dir / "units").rglob("*.json")):
         unit = read_json(path)
-        if not isinstance(unit, dict) or not {"method", "seed", "config", "data", "evaluation"} <= unit.keys():
+        needed = {"method", "seed", "config", "settings", "data", "evaluation"}
+        if not isinstance(unit, dict) or not needed <= unit.keys():
             raise UserError(f"{path} is not a unit file; remove it, or write it anew with --add RUN_DIR")
         units.append(unit)
     return units
@@ -154,13 +161,6 @@ def _data_title(config: RunConfig, data: dict[str, Any]) -> str:
     """
     copied = config.data == "folder" and set(data["class_names"]) == _CIFAR10
     return "CIFAR-10 (JPEG copy)" if copied else str(data["name"])
-
-
-def _without_folders(config: RunConfig) -> RunConfig:
-    """The run that a fixed F comes from is named by what it was, not by where it lies on this machine."""
-    if config.set.confusion_run is None:
-        return config
-    return replace(config, set=replace(config.set, confusion_run=Path(config.set.confusion_run).name))
 
 
 def _command(config: RunConfig) -> str:

@@ -183,6 +183,28 @@ class Method:
         """The settings this method runs with. Raises UserError where a value is out of range."""
         return resolve(name, overrides, self.adjusted)
 
+    @property
+    def set_by_schedule(self) -> tuple[str, ...]:
+        """Part settings whose default is a share of the run that the learning-rate schedule knows."""
+        late = ("rebalancing.start",) if self.rebalancing in ("drw", "drs") else ()
+        return (*late, "model.temperature_start") if self.architecture == "ride" else late
+
+    def effective(
+        self, name: ProtocolName, overrides: Overrides | None = None, deferred: float | None = None
+    ) -> dict[str, Any]:
+        """Every setting of this method by its key, at the value it runs with.
+
+        `deferred` is the value of `set_by_schedule`, which are left out where neither it nor a value is given. Raises
+        UserError for a value that its setting cannot have.
+        """
+        overrides = self.converted(overrides or Overrides())
+        protocol = self.protocol(name, overrides)
+        usual = {key: setting.default for key, setting in self.part_settings.items()}
+        usual |= dict.fromkeys(self.set_by_schedule, deferred)
+        parts = usual | {key: value for key, value in overrides.parts.items() if key in usual}
+        values = {key: getattr(protocol, key) for key in self.setting_names} | parts
+        return {key: value for key, value in values.items() if value is not None}
+
     def settings(self, protocol: Protocol) -> Iterator[tuple[str, object, str, str]]:
         """Each setting of a protocol that matters here: name, value under `protocol`, meaning, source."""
         adjusted = self.adjusted(protocol)

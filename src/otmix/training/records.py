@@ -16,7 +16,7 @@ import yaml
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
-from otmix.files import write_json, write_text
+from otmix.files import read_json, write_json, write_text
 
 PACKAGES = ("otmix", "torch", "torchvision", "timm", "lightning", "numpy", "pillow", "scikit-learn")
 
@@ -87,10 +87,15 @@ def data_record(dataset: ImageDataset) -> dict[str, Any]:
     }
 
 
-def write_records(run_dir: Path, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
-    """data.json, environment.json and, last, config.yaml: a directory that has it is a run that has begun."""
+def write_records(
+    run_dir: Path, config: RunConfig, settings: dict[str, Any], dataset: ImageDataset, device: torch.device
+) -> None:
+    """data.json, environment.json, settings.json and, last, config.yaml: a directory that has it is a run that has
+    begun.
+    """
     write_json(run_dir / "data.json", data_record(dataset))
     write_json(run_dir / "environment.json", environment(device))
+    write_json(run_dir / "settings.json", settings)
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
 
 
@@ -106,6 +111,14 @@ def read_config(run_dir: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged; a run's config.yaml must hold its settings")
     return RunConfig.from_dict(values)
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Every setting of the method of a run at the value it runs with. Raises UserError where they are missing."""
+    values = read_json(run_dir / "settings.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{run_dir / 'settings.json'} is damaged; it must hold the settings of the run's method")
+    return values
 
 
 def runs_folder() -> Path:

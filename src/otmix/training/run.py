@@ -23,7 +23,7 @@ from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
-from otmix.training.records import data_record, read_config, write_records
+from otmix.training.records import data_record, read_config, read_settings, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
@@ -68,7 +68,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file cannot be what a run leaves that was killed before its configuration was written."""
-    return path.name[0] != "." and path.name not in ("data.json", "environment.json")
+    return path.name[0] != "." and path.name not in ("data.json", "environment.json", "settings.json")
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     elif main:
         if plan.config.on_bad_image == "error":  # with "skip" all have been read; now, not when training is over
             require_readable(split_of(dataset, plan.config.final_split), reporter.loading)
-        write_records(run_dir, plan.config, dataset, fabric.device)
+        write_records(run_dir, plan.config, plan.settings, dataset, fabric.device)
     if main:
         remove_temporaries(run_dir)
     fabric.barrier()
@@ -148,7 +148,13 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
 
 def check_same_run(run_dir: Path, plan: Plan) -> None:
     """Raises UserError when the run in `run_dir` was begun with other settings or other data."""
-    differences = plan.config.difference(read_config(run_dir))
+    here = plan.config.identity_with(plan.settings)
+    there = read_config(run_dir).identity_with(read_settings(run_dir))
+    differences = [
+        f"{key}: {here.get(key)} here, {there.get(key)} there"
+        for key in here | there
+        if here.get(key) != there.get(key)
+    ]
     if differences:
         raise UserError(
             f"{run_dir} holds a run with other settings ({'; '.join(differences)}); resume with the same ones, or "

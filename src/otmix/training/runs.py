@@ -14,7 +14,8 @@ from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import parse_method
 from otmix.models import Classifier, build_model
-from otmix.training.records import read_config, runs_folder
+from otmix.protocols import Overrides
+from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.setup import architecture_of, build_criterion
 from otmix.types import ClassCounts
 
@@ -71,7 +72,8 @@ def open_run(run_dir: Path) -> Run:
     data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
     counts = ClassCounts(torch.tensor(data["counts"]))
     method = parse_method(config.method)
-    criterion = build_criterion(method, counts, config)
+    filled = Overrides.from_dict(read_settings(run_dir))
+    criterion = build_criterion(method, counts, filled)
     assert config.backbone is not None  # a recorded configuration is filled in
     model = build_model(
         config.backbone,
@@ -80,7 +82,7 @@ def open_run(run_dir: Path) -> Run:
         image_size=data["image_size"],
         mean=data["mean"],
         std=data["std"],
-        **architecture_of(method, criterion, config.set),
+        **architecture_of(method, criterion, filled),
     )
     path = run_dir / "model.safetensors"
     try:

@@ -18,7 +18,7 @@ from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
 from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
-from otmix.methods import REBALANCING_DEFAULTS, Method, experts, parse_method
+from otmix.methods import Method, experts, parse_method
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import PIXEL_RULES, Mixer
 from otmix.models import Classifier, build_model, default_backbone, embed
@@ -47,10 +47,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A run that has been thought through but not begun: the filled-in configuration, the data, the model and the
-    stage.
+    stage. `settings`: every setting of the method at its value, as `Method.effective` gives them.
     """
 
     config: RunConfig
+    settings: dict[str, Any]
     method: Method
     protocol: Protocol
     dataset: ImageDataset
@@ -85,7 +86,9 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
     )
     protocol = config.protocol_settings
     _check_splits(config, method, protocol, dataset)
-    criterion = build_criterion(method, dataset.counts, config)
+    settings = effective_settings(config)
+    filled = Overrides.from_dict(settings)
+    criterion = build_criterion(method, dataset.counts, filled)
     assert config.backbone is not None  # with_defaults filled it in
     model = build_model(
         config.backbone,
@@ -97,7 +100,7 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
         pretrained=bool(config.pretrained),
         weights=config.weights,
         seed=derive_seed(config.seed, "model"),
-        **architecture_of(method, criterion, config.set),
+        **architecture_of(method, criterion, filled),
     )
     if method.pairing == "transport" and protocol.features == "official" and not model.supports_official:
         remedy = "--backbone resnet32, or" if method.architecture == "plain" else "a method without experts, or"
@@ -105,7 +108,17 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
             f"the features of protocol 'official' exist in plain CIFAR ResNets only, not in {method.name} with "
             f"{config.backbone}; choose {remedy} --protocol clean"
         )
-    return Plan(config, method, protocol, dataset, model, build_stages(config, method, protocol, dataset, criterion))
+    stages = build_stages(replace(config, set=filled), method, protocol, dataset, criterion)
+    return Plan(config, settings, method, protocol, dataset, model, stages)
+
+
+def effective_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a filled-in configuration's method at its value. A run records them, so that a default that is
+    changed later changes no run.
+    """
+    assert config.schedule is not None
+    deferred = Schedule.named(config.schedule).deferred
+    return parse_method(config.method).effective(config.protocol, config.set, deferred)
 
 
 def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset) -> None:
@@ -138,34 +151,28 @@ def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
         )
 
 
-def build_criterion(method: Method, counts: ClassCounts, config: RunConfig) -> Criterion:
-    """The loss of a method, of each of its experts for RIDE, with the settings that were changed.
-
-    RIDE's temperature begins with its class weights, when the schedule of the filled-in configuration says.
-    """
-    assert config.schedule is not None
-    changed = config.set
+def build_criterion(method: Method, counts: ClassCounts, filled: Overrides) -> Criterion:
+    """The loss of a method, of each of its experts for RIDE, with its effective settings."""
     part = LOSSES[method.loss]
-    criterion = part(counts, **chosen(part, changed.parts, "loss"))
+    criterion = part(counts, **chosen(part, filled.parts, "loss"))
     if method.architecture != "ride":
         return criterion
-    own: dict[str, Any] = {"temperature_start": Schedule.named(config.schedule).deferred}
-    return RIDE(counts, criterion, **(own | chosen(RIDE, changed.parts, "model")))
+    return RIDE(counts, criterion, **chosen(RIDE, filled.parts, "model"))  # type: ignore[arg-type]
 
 
-def architecture_of(method: Method, criterion: Criterion, changed: Overrides) -> dict[str, Any]:
+def architecture_of(method: Method, criterion: Criterion, filled: Overrides) -> dict[str, Any]:
     """What `build_model` needs to know of a method: head, architecture and experts."""
     return {
         "head": criterion.head,
         "architecture": method.architecture,
-        "experts": experts(**chosen(experts, changed.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
+        "experts": experts(**chosen(experts, filled.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
     }
 
 
 def build_stages(
     config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset, criterion: Criterion
 ) -> tuple[Stage, ...]:
-    """What a method's training consists of: one stage for all methods so far."""
+    """What a method's training consists of: one stage for all methods so far. `config.set` has every setting."""
     assert (
         config.epochs
         and config.batch_size
@@ -183,7 +190,7 @@ def build_stages(
         by_number = protocol.foreground_law == "effective-number"
         foreground = effective_number(counts) if by_number else inverse_frequency(counts, protocol.foreground_r)
     schedule = Schedule.named(config.schedule, config.warmup, criterion.own_steps)
-    reweighting, law = build_rebalancing(method, counts, config.set, schedule.deferred)
+    reweighting, law = build_rebalancing(method, counts, config.set)
     only = Stage(
         name=method.name,
         epochs=config.epochs,
@@ -203,24 +210,21 @@ def build_stages(
 
 
 def build_rebalancing(
-    method: Method, counts: ClassCounts, changed: Overrides, deferred: float
+    method: Method, counts: ClassCounts, filled: Overrides
 ) -> tuple[DeferredReweighting | None, ClassSampling | None]:
-    """Class weights of the loss, or classes of the background stream; `deferred` is when drw and drs begin."""
+    """Class weights of the loss, or classes of the background stream."""
     if method.rebalancing is None:
         return None, None
-    defaults: dict[str, Any] = dict(REBALANCING_DEFAULTS.get(method.rebalancing, {}))
-    if method.rebalancing in ("drw", "drs"):
-        defaults["start"] = deferred
     part = DeferredReweighting if method.drw else ClassSampling
-    built = part(counts, **(defaults | chosen(part, changed.parts, "rebalancing")))
+    built = part(counts, **chosen(part, filled.parts, "rebalancing"))  # type: ignore[arg-type]
     return (built, None) if isinstance(built, DeferredReweighting) else (None, built)
 
 
-def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, changed: Overrides) -> BatchMixer | None:
+def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> BatchMixer | None:
     """Pairing, pixel rule and schedule of a method under a protocol; None for a method that mixes nothing."""
     if method.pixels is None:
         return None
-    pixels = build_pixel_rule(method.pixels, protocol, counts, changed)
+    pixels = build_pixel_rule(method.pixels, protocol, counts, filled)
     pairing: Pairing = IndexPairing()
     if method.pairing == "within-batch":
         pairing = WithinBatchPairing(getattr(pixels, "partner_weight", None))
@@ -236,16 +240,14 @@ def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, changed
     return BatchMixer(pairing, pixels, schedule)
 
 
-def build_pixel_rule(name: str, protocol: Protocol, counts: ClassCounts, changed: Overrides) -> Mixer:
+def build_pixel_rule(name: str, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> Mixer:
     """A rule of `PIXEL_RULES`. It gets what its constructor takes: the protocol's alpha, box and per, the counts, and
-    its own settings as they were changed.
+    its own settings.
     """
     rule: Callable[..., Mixer] = PIXEL_RULES[name]
     offered = {"alpha": protocol.alpha, "box": protocol.box, "per": protocol.box_per, "counts": counts}
     takes = inspect.signature(rule).parameters
-    return rule(
-        **{key: value for key, value in offered.items() if key in takes}, **chosen(rule, changed.parts, "mixer")
-    )
+    return rule(**{key: value for key, value in offered.items() if key in takes}, **chosen(rule, filled.parts, "mixer"))
 
 
 def split_of(dataset: ImageDataset, split: str) -> ImageSource:
