@@ -156,19 +156,23 @@ def test_autocast_does_not_reach_the_cost() -> None:
 
 def test_fixed_confusion_takes_the_most_confused_class_or_any() -> None:
     matrix = torch.tensor([[0.5, 0.1, 0.4], [0.9, 0.05, 0.05], [0.0, 0.0, 1.0]])
-    pairing = ConfusionPairing(Confusion(matrix, ConfusionOrigin(adaptive=False)))
-    fore, back = items(0, 1, 1), items(2, 0, 2, 0)
+    confusion = Confusion(matrix, ConfusionOrigin(adaptive=False))
+    pairing, fore, back = ConfusionPairing(), items(0, 1, 1), items(2, 0, 2, 0)
+
+    def at(step: int) -> PairingContext:
+        return PairingContext(Moment(step=step), confusion)
+
     met: list[set[int]] = [set(), set(), set()]
     for step in range(60):
-        for i, j in enumerate(pairing(fore, back, never, context(step=step)).background.tolist()):
+        for i, j in enumerate(pairing(fore, back, never, at(step)).background.tolist()):
             met[i].add(j)
     assert met == [{0, 2}, {1, 3}, {1, 3}]  # class 0 is most confused with 2 (not with itself), class 1 with 0
-    absent = {int(pairing(items(0), items(1, 1, 0), never, context(step=s)).background) for s in range(60)}
+    absent = {int(pairing(items(0), items(1, 1, 0), never, at(step)).background) for step in range(60)}
     assert absent == {0, 1, 2}
 
 
 def test_confusion_pairing_by_the_present_matrix() -> None:
-    """Without one of its own it uses the context's, and pairs at random before there is one."""
+    """It pairs at random before there is one."""
     pairing, fore, back = ConfusionPairing(), items(0, 1), items(1, 0)
     assert pairing(fore, back, never, context()).by == "index"
     confusion = Confusion(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), ConfusionOrigin())

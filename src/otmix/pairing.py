@@ -137,18 +137,16 @@ class ConfusionPairing:
     """Table 4's last row: foreground class k goes into a random background of the class that a model confuses k with
     most.
 
-    The paper's is a finished run's, fixed; without one, `context.confusion` says it. Where that class is not in the
+    `context.confusion` says it; the paper's is that of a finished run. Where that class is not in the
     batch, for a class that is confused with none, and before F is known, the background is drawn from the whole batch
     (the paper is silent on this).
     """
 
     from_foregrounds = True
 
-    confusion: Confusion | None = None
-
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
         device = background.labels.device
-        confusion = self.confusion or context.confusion
+        confusion = context.confusion
         if confusion is None:
             return IndexPairing()(foreground, background, embed, context)
         every = torch.arange(confusion.num_classes, device=device)

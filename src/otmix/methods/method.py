@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from otmix.methods.parts import (
     ALIASES,
@@ -19,12 +19,14 @@ from otmix.methods.parts import (
     REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
     SECOND_STREAM_DEFAULTS,
-    Architecture,
     PairingName,
     Part,
 )
 from otmix.protocols import Overrides, Protocol, ProtocolName, resolve
 from otmix.settings import Setting, settings_of
+
+if TYPE_CHECKING:
+    from otmix.models import Architecture
 
 # which settings of a protocol a method reads: the rest cannot change its result, so they are neither listed nor
 # accepted for it

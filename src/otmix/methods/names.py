@@ -10,11 +10,15 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from functools import cache
+from typing import TYPE_CHECKING
 
 from otmix.errors import UserError
 from otmix.methods.method import Method
-from otmix.methods.parts import ALIASES, ARCHITECTURE_PARTS, PAIRINGS, REBALANCING_PARTS, Architecture
+from otmix.methods.parts import ALIASES, ARCHITECTURE_PARTS, PAIRINGS, REBALANCING_PARTS
 from otmix.protocols import PROTOCOLS, Protocol, ProtocolName
+
+if TYPE_CHECKING:
+    from otmix.models import Architecture
 
 
 def known_losses() -> list[str]:

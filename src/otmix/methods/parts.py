@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from otmix.models import Architecture
 
 PairingName = Literal["within-batch", "index", "transport", "confusion"]
-Architecture = Literal["plain", "ride", "bbn"]
 
 
 @dataclass(frozen=True)
