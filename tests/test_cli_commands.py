@@ -19,6 +19,7 @@ from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.protocols import Protocol
+from otmix.training.setup import load_data
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_preview_pairs_by_transport(run: Path) -> None:
     figures.preview_grid = lambda **values: given.update(values)
     try:
         config = RunConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text("utf-8")))
-        preview.draw(preview.from_run(config, run))
+        preview.draw(preview.from_run(config, run, load_data(config)))
     finally:
         figures.preview_grid = original
     for name in ("random", "transport"):
@@ -222,6 +223,24 @@ def test_data_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert bars[0] == 40
     assert "imbalance: " in printed
     assert all(note in printed for note in dataset.notes)
+
+
+def test_data_shows_on_stderr_how_far_reading_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    from otmix import display
+
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for shade in range(5):
+            Image.new("L", (12, 12), 40 * shade).save(tmp_path / "photos" / name / f"{shade}.png")
+    monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
+    assert main(["data", "--data", "folder", "--root", str(tmp_path / "photos"), "--on-bad-image", "skip"]) == 0
+    captured = capsys.readouterr()
+    assert "reading images: 10 of 10\n" in captured.err
+    assert "reading" not in captured.out
 
 
 def test_data_of_many_classes_is_cut_in_the_middle() -> None:

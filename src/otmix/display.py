@@ -6,7 +6,8 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,18 @@ def make_reporter(console: Console | None = None, *, brief: bool = False) -> Rep
     terminal = sys.stdout.isatty() if console is None else console.is_terminal
     kind = LiveReporter if terminal and os.environ.get("TERM") != "dumb" else LineReporter
     return kind(console, brief=brief)
+
+
+@contextmanager
+def shown_reading() -> Iterator[Callable[[int, int], None]]:
+    """Shows how many images have been read, on stderr: for commands whose result goes to stdout."""
+    from rich.console import Console
+
+    reporter = make_reporter(Console(stderr=True))
+    try:
+        yield reporter.loading
+    finally:
+        reporter.close()
 
 
 class Clock:

@@ -32,10 +32,12 @@ def data(config: Annotated[RunConfig, DATA]) -> int:
         otmix data --data folder --root photos
         otmix data --data cifar100 --imbalance 50
     """
-    from otmix.display import stdout_console
+    from otmix.display import shown_reading, stdout_console
     from otmix.training.setup import load_data
 
-    show_dataset(load_data(config), stdout_console())
+    with shown_reading() as progress:
+        dataset = load_data(config, progress)
+    show_dataset(dataset, stdout_console())
     return 0
 
 

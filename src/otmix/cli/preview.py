@@ -49,11 +49,13 @@ def preview(
         otmix preview --run runs/a --out mixes.png
     """
     import_files(imports)
-    from otmix.display import stdout_console
+    from otmix.display import shown_reading, stdout_console
     from otmix.reports.figures import save
     from otmix.training.setup import load_data
 
-    model = from_run(config, run) if run else untrained_or_pretrained(config, load_data(config))
+    with shown_reading() as progress:
+        dataset = load_data(config, progress)
+    model = from_run(config, run, dataset) if run else untrained_or_pretrained(config, dataset)
     save(draw(model), out)
     console = stdout_console()
     console.print(f"features of {model.features}\nwrote {out}", markup=False, highlight=False, soft_wrap=True)
@@ -120,13 +122,12 @@ def draw(previewed: Previewed) -> Figure:
     )
 
 
-def from_run(config: RunConfig, run_dir: Path) -> Previewed:
+def from_run(config: RunConfig, run_dir: Path, dataset: ImageDataset) -> Previewed:
     """With the model of a finished run. Raises UserError where it does not fit the data."""
     from otmix.training import open_run
-    from otmix.training.setup import load_data, prepare
+    from otmix.training.setup import prepare
 
     run = open_run(run_dir)
-    dataset = load_data(config)
     seen = (run.class_names, run.image_size, run.channels)
     if seen != (tuple(dataset.class_names), dataset.image_size, dataset.channels):
         raise UserError(
