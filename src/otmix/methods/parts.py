@@ -121,7 +121,12 @@ PIXEL_PARTS: dict[str, Part] = {
 }
 
 PAIRING_PARTS: dict[str, Part] = {
-    "cmo": Part("CMO", "Park et al., CVPR 2022", "pastes rare-class foregrounds into backgrounds taken at random"),
+    "cmo": Part(
+        "CMO",
+        "Park et al., CVPR 2022",
+        "pastes rare-class foregrounds into backgrounds taken at random; under the settings of otmix, so that the two "
+        "differ in the pairing alone (CMO's own code: alpha 1, box clipped, foreground_r 0)",
+    ),
     "otmix": Part(
         "OTmix",
         "Gao et al., NeurIPS 2023",
