@@ -13,12 +13,13 @@ ROOT = Path(otmix.__file__).parent
 
 # A module may import those before it, and what lies in its own package. Imports inside functions and under
 # TYPE_CHECKING count too. The order of DESIGN.md section 3, but for `reports`: it stands before `training`, which
-# writes the page and the pictures of a run; `reports` reads only plain values and the files of a run directory.
+# writes the page and the pictures of a run; `reports` reads only plain values and the files of a run directory. And
+# `protocols` holds plain values, of which OTMixer takes its defaults.
 LAYERS = [
-    ["errors", "files", "extensions", "randomness", "types", "counting", "settings"],
+    ["errors", "files", "extensions", "randomness", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
-    ["protocols", "methods", "config"],
+    ["methods", "config"],
     ["reports"],
     ["training"],
     ["inference", "experiments"],

@@ -16,12 +16,15 @@ from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
 from otmix.pairing import Curriculum, IndexPairing, Pairing, PairingContext, TransportPairing
+from otmix.protocols import PROTOCOLS
 from otmix.randomness import Moment
 from otmix.sampling import ForegroundStream, inverse_frequency
 from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
 
 STREAM_DECAY = 0.9
 """What the streamed confusion keeps from one epoch to the next: about ten epochs of memory."""
+
+CLEAN = PROTOCOLS["clean"]
 
 LabelledImages = tuple[Tensor, Tensor]
 
@@ -59,7 +62,7 @@ class OTMixer:
         pairing: Pairing | None = None,
         pixels: Mixer | None = None,
         schedule: MixSchedule | None = None,
-        r: float = 1.0,
+        r: float = CLEAN.foreground_r,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -73,8 +76,8 @@ class OTMixer:
         self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
         self.batch_mixer = BatchMixer(
             pairing or Curriculum(IndexPairing(), TransportPairing()),
-            pixels or CutMix(),
-            schedule or MixSchedule(probability=0.5, window=(4 / 240, 237 / 240)),
+            pixels or CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per),
+            schedule or MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction),
         )
         self.epoch, self.step = 0, 0
         self.confusion: Confusion | None = None
