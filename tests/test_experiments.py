@@ -182,9 +182,9 @@ def test_a_run_with_what_was_the_default_once_is_not_taken_for_one_with_todays(
 ) -> None:
     run(tmp_path, ["cmo"], seeds=1)
     monkeypatch.setitem(PROTOCOLS, "clean", replace(PROTOCOLS["clean"], foreground_r=0.25))
-    with pytest.raises(UserError, match=r"other settings \(set.foreground_r: 1.0 there, 0.25 asked for"):
+    with pytest.raises(UserError, match=r"other settings \(set.foreground_r: 0.0 there, 0.25 asked for"):
         run(tmp_path, ["cmo"], seeds=1)
-    run(tmp_path, ["cmo"], seeds=1, base=replace(BASE, set=Overrides(foreground_r=1.0)))
+    run(tmp_path, ["cmo"], seeds=1, base=replace(BASE, set=Overrides(foreground_r=0.0)))
     assert trainer.trained == [("ce+cmo", 0), ("ce+cmo", 0)]
 
 
@@ -614,7 +614,7 @@ def test_a_table_says_by_todays_defaults_what_a_run_had(tmp_path: Path, monkeypa
     monkeypatch.setitem(PROTOCOLS, "clean", replace(PROTOCOLS["clean"], foreground_r=0.25))
     write_unit(finish_run(replace(then, out=str(tmp_path / "now")), 0.20), tmp_path)
     lines = [line.split(" | ")[1:4] for line in results_table(read_units(tmp_path)).splitlines() if "OTmix" in line]
-    assert lines == [["clean", "1", "20.00"], ["clean; foreground_r 1.0", "1", "25.00"]]
+    assert lines == [["clean", "1", "20.00"], ["clean; foreground_r 0.0", "1", "25.00"]]
 
 
 def test_settings_of_another_methods_part_leave_a_run_as_it_is(tmp_path: Path) -> None:

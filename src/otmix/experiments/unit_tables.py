@@ -101,17 +101,20 @@ def _check(units: Sequence[Unit]) -> None:
 
 
 def _order(unit: Unit) -> tuple[Any, ...]:
-    """Baselines first; the released code's protocol, which looks at the test set, last."""
-    method, config = unit["method"], unit["config"]
-    protocol = ("clean", "paper", "official").index(config["protocol"])
-    return "+" in method, "-drw" in method, method, protocol, json.dumps(unit["settings"], sort_keys=True)
+    """Baselines first; the released code's protocol, which looks at the test set, last; a method's defaults before what
+    was changed.
+    """
+    method = unit["method"]
+    protocol = ("clean", "paper", "official").index(unit["config"]["protocol"])
+    settings = json.dumps(unit["settings"], sort_keys=True)
+    return "+" in method, "-drw" in method, method, protocol, _changed(unit), settings
 
 
 def _cells(seeds: Sequence[Unit]) -> list[str]:
     first = seeds[0]
     found = [unit["evaluation"] for unit in seeds]
     marks = (" †" if len(seeds) == 1 else "") + (" ‡" if any(unit["looks_at_test"] for unit in seeds) else "")
-    changed = ", ".join(f"{key} {value}" for key, value in sorted(_changed(first).items()))
+    changed = _changed(first)
     return [
         first["title"] + marks,
         first["config"]["protocol"] + (f"; {changed}" if changed else ""),
@@ -124,15 +127,15 @@ def _cells(seeds: Sequence[Unit]) -> list[str]:
     ]
 
 
-def _changed(unit: Unit) -> dict[str, Any]:
-    """The settings of a run that are not today's defaults of its protocol, whether they were then or not."""
+def _changed(unit: Unit) -> str:
+    """The settings of a run that are not today's defaults of its protocol, then or not: "alpha 1.0, box clipped"."""
     config = unit["config"]
     try:
         deferred = Schedule.named(config["schedule"]).deferred
         usual = parse_method(unit["method"]).effective(config["protocol"], deferred=deferred)
     except UserError:  # a method registered by an import that is not made here
         usual = {key: value for key, value in unit["settings"].items() if key not in config["set"]}
-    return {key: value for key, value in unit["settings"].items() if value != usual.get(key)}
+    return ", ".join(f"{key} {value}" for key, value in sorted(unit["settings"].items()) if value != usual.get(key))
 
 
 def _notes(units: Sequence[Unit], lines: Sequence[Sequence[Unit]]) -> list[str]:
