@@ -66,7 +66,8 @@ def main() -> None:
     of = read("training")
     lines = [
         f"CPU, {of['threads']} threads, torch {of['torch']}, {of['precision']} where a network runs. "
-        "Ratios are ours / other, median (smallest … largest) of the rounds.",
+        "Ratios are ours / other, median (smallest … largest) of the rounds. Rows are of different days on shared "
+        "machines: compare their ratios, not their times.",
         "", "### transport.py", "", *transport(),
         "", "### training.py", "", *training(),
         "", "### mixing.py: against torchvision's CutMix (Mixup: its MixUp)", "", *mixing(),

@@ -9,8 +9,8 @@
   balanced subset after each epoch; its time is included, and so is the validation that both do.
 - `released-step`: the same step written as in OTmix's released code (features of the flattened last map in train mode
   with gradient, a Python double loop for the class cost, POT's Sinkhorn, one paste per image). Target: ours at most 0.4
-  × its time. Both sides have one precision and layout here. `released-step-float32` and `released-step-shipped` have the
-  released side as that code runs it, in float32 and the default layout; ours is in float32, and in --precision.
+  × its time. Both sides have one precision and layout here. In `released-step-float32` and `released-step-shipped` the
+  other side is as the released code runs, in float32 and the default layout; ours is in float32, and in --precision.
 
 The two sides take turns; each round gives one ratio; printed are the medians, and the smallest and largest ratio.
 """
