@@ -19,9 +19,8 @@ def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch
     """A confusion matrix made wrong on purpose, to see what that does: equal generators give equal errors.
 
     The rows of a random share `shuffle` of the classes, two at least, change places in a cycle, so that no one keeps
-    its own; then a
-    share `noise` of each row is replaced by uniform random numbers that sum to as much. 0 and 0 change nothing. Dense
-    matrices only: raises UserError for a sparse one (more than 1000 classes).
+    its own; then a share `noise` of each row is replaced by uniform random numbers that sum to as much. 0 and 0 change
+    nothing. Dense matrices only: raises UserError for a sparse one (more than 1000 classes).
     """
     if shuffle == 0 and noise == 0:
         return confusion

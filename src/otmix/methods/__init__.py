@@ -9,7 +9,6 @@ from otmix.methods.parts import (
     PAIRING_PARTS,
     PAIRINGS,
     PIXEL_PARTS,
-    REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
     Part,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "PAIRINGS",
     "PAIRING_PARTS",
     "PIXEL_PARTS",
-    "REBALANCING_DEFAULTS",
     "REBALANCING_PARTS",
     "Method",
     "Part",
