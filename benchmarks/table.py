@@ -62,6 +62,14 @@ def losses() -> list[str]:
     return rows
 
 
+def threads() -> list[str]:
+    of = read("threads")
+    rows = [f"| batch | one thread | {of['threads']} threads | ratio |", "| --- | ---: | ---: | ---: |"]
+    for row in of["rows"]:
+        rows.append(f"| {row['what']} | {row['one_ms']:.1f} ms | {row['all_ms']:.1f} ms | {spread(row)} |")
+    return rows
+
+
 def main() -> None:
     of = read("training")
     lines = [
@@ -72,6 +80,7 @@ def main() -> None:
         "", "### training.py", "", *training(),
         "", "### mixing.py: against torchvision's CutMix (Mixup: its MixUp)", "", *mixing(),
         "", "### losses.py: multiples of `F.cross_entropy`", "", *losses(),
+        "", "### threads.py: one thread against all", "", *threads(),
     ]  # fmt: skip
     path = HERE / "README.md"
     path.write_text(fill_region(path.read_text(encoding="utf-8"), "\n".join(lines), str(path)), encoding="utf-8")

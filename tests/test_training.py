@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from otmix.sampling import BackgroundStream
 from otmix.training import Interrupted, Silent, open_run, train
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
-from otmix.training.launch import make_fabric
+from otmix.training.launch import make_fabric, threads_for
 from otmix.training.schedules import Schedule
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
@@ -265,6 +266,33 @@ def test_the_test_images_decide_nothing_but_under_official(tmp_path: Path, monke
     again = train(replace(TINY, out=str(tmp_path / "again")))
     assert open_run(again).result["evaluation"]["n"] == 50
     assert weights(once) == weights(again)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("pixels", "threads"), [(64, 1), (4095, 1), (4096, 1), (8192, 2), (2**20, 3)])
+def test_a_small_step_has_few_threads(pixels: int, threads: int) -> None:
+    with suppress(KeyError), threads_for(pixels, torch.device("cpu")):
+        assert torch.get_num_threads() == threads
+        raise KeyError  # whatever ends a run gives the threads back
+    assert torch.get_num_threads() == 3
+    with threads_for(pixels, torch.device("cuda")):
+        assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads", "no_pictures")
+def test_a_run_has_the_threads_that_its_batches_can_use(tmp_path: Path) -> None:
+    for batch, threads in ((32, 1), (128, 2)):  # of 8 × 8 pixels
+        run_dir = train(replace(TINY, batch_size=batch, epochs=1, out=str(tmp_path / str(batch))))
+        assert json.loads((run_dir / "environment.json").read_text())["threads"] == threads
+    assert torch.get_num_threads() == 3
 
 
 def test_the_run_directory_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

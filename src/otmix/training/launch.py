@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import torch
+
 from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import IMPORTED, import_files
@@ -24,6 +26,11 @@ from otmix.training.runs import run_dir_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+PIXELS_A_THREAD = 4096
+"""benchmarks/threads.py: at 64 × 8 × 8 pixels one thread takes 1.3 times as long as two on two idle cores, and between
+a tenth and 0.8 of their time where one of these is busy.
+"""
 
 Work = Callable[["Fabric", RunConfig, Reporter], Path]
 """A whole run on one of its processes."""
@@ -56,6 +63,22 @@ def make_fabric(config: RunConfig) -> Fabric:
                 f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
                 f"{config.precision}: {str(error).partition('. ')[0].rstrip('.')}; choose --accelerator auto"
             ) from error
+
+
+@contextmanager
+def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
+    """On a CPU no more threads than one for each `PIXELS_A_THREAD` of the `pixels` of a process's step.
+
+    More would save little: they wait for each other after each operation, and where another program has taken one of
+    their cores, they wait for that as well, several times as long as the whole step takes alone.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(min(before, max(1, pixels // PIXELS_A_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Path:

@@ -20,7 +20,7 @@ from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
-from otmix.training.launch import make_fabric, train_in_processes
+from otmix.training.launch import make_fabric, threads_for, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
 from otmix.training.records import data_record, read_config, read_settings, write_records
@@ -114,6 +114,14 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     )  # dropout and the like draw from torch's own generator
     dataset = load_data(config, reporter.loading)
     plan = prepare(config, dataset)
+    assert plan.config.batch_size is not None  # `prepare` filled it in
+    with threads_for(plan.config.batch_size // fabric.world_size * dataset.image_size**2, fabric.device):
+        return _run(fabric, run_dir, plan, reporter)
+
+
+def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
+    """What is left to do of the run in `run_dir`."""
+    main, dataset = fabric.global_rank == 0, plan.dataset
     if (run_dir / "config.yaml").exists():
         check_same_run(run_dir, plan)
         if is_finished(run_dir):
