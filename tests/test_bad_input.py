@@ -392,6 +392,10 @@ def test_open_run_wants_a_finished_run(stopped: Path, reference: Path, tmp_path:
         ({"final_split": "validation"}, "--validation-per-class"),
         ({"set": {"confusion_from": "validation"}}, "--validation-per-class"),
         ({"protocol": "official", "backbone": "timm/resnet10t", "pretrained": False}, "resnet32"),
+        (
+            {"method": "ride+otmix", "protocol": "official", "backbone": "timm/resnet10t", "pretrained": False},
+            "resnet32",
+        ),
         ({"accelerator": "cuda"}, "cuda"),
         ({"accelerator": "mps"}, "mps"),
         ({"accelerator": "cuda", "devices": 2}, "cuda"),

@@ -252,8 +252,23 @@ def test_embedding_concatenates_the_experts() -> None:
     torch.testing.assert_close(got.log_probabilities, output.logits.detach().log_softmax(1))
 
 
-def test_official_features_are_a_mistake_of_the_user() -> None:
-    model = ride()
+def test_official_features_are_each_experts_last_map_without_the_stems_relu() -> None:
+    model = ride("resnet20", experts=2).double().eval()
+    x = images(size=16).double()
+    network = model.backbone
+    assert isinstance(network, Branched) and model.supports_official
+    trunk = dict(network.trunk.named_children())
+    shared = trunk["layer1"](trunk["bn1"](trunk["conv1"](model.normalise(x))))
+    assert (trunk["bn1"](trunk["conv1"](model.normalise(x))) < 0).any()
+    want = [dict(branch.named_children()) for branch in network.branches]
+    maps = [parts["layer3"](parts["layer2"](shared)) for parts in want]
+    got = model.official_features(x)
+    assert got.shape == (4, 2 * 48 * 4 * 4)
+    torch.testing.assert_close(got, torch.cat([one.flatten(1) for one in maps], 1))
+
+
+def test_official_features_of_another_backbone_are_a_mistake_of_the_user() -> None:
+    model = ride(TIMM)
     assert not model.supports_official
     with pytest.raises(UserError, match="protocol official works with CIFAR ResNets only"):
         model.official_features(images())

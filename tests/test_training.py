@@ -66,7 +66,7 @@ def weights(run_dir: Path) -> bytes:
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("protocol", ["clean", "paper", "official"])
-@pytest.mark.parametrize("method", ["erm", "cmo", "otmix", "drw", "drw+otmix"])
+@pytest.mark.parametrize("method", ["erm", "cmo", "otmix", "drw", "drw+otmix", "ride+otmix"])
 def test_every_method_under_every_protocol(method: str, protocol: Any, tmp_path: Path) -> None:
     run_dir = train(replace(TINY, method=method, protocol=protocol, out=str(tmp_path / "run")))
     rows, result = log(run_dir), json.loads((run_dir / "result.json").read_text())

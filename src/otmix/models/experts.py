@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from otmix.errors import UserError
 from otmix.models.classifier import Classifier, spared_from_decay
+from otmix.models.split import Branched
 from otmix.types import Output
 
 MOST_EXPERTS = 8
@@ -41,6 +42,19 @@ class ExpertClassifier(Classifier):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features of each expert, `[B,E,D]`."""
         return super().features(images)
+
+    @property
+    def supports_official(self) -> bool:
+        return isinstance(self.backbone, Branched) and self.backbone.of_cifar_resnet
+
+    def official_features(self, images: Tensor) -> Tensor:
+        """`CifarResNet.official_features` of each expert, one after another; the released code of OTmix has no experts.
+
+        Raises UserError for any other backbone.
+        """
+        if not isinstance(self.backbone, Branched) or not self.backbone.of_cifar_resnet:
+            return super().official_features(images)
+        return self.backbone.official_features(self.normalise(images))
 
 
 def check_experts(experts: int) -> None:

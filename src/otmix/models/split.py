@@ -28,6 +28,20 @@ class Branched(nn.Module):
         shared = self.trunk(x)
         return torch.stack([branch(shared) for branch in self.branches], dim=1)
 
+    @property
+    def of_cifar_resnet(self) -> bool:
+        """Whether trunk and branches are parts of `CifarResNet`."""
+        branch = self.branches[0]
+        return isinstance(branch, nn.Sequential) and isinstance(branch[-1], GlobalMean)
+
+    def official_features(self, x: Tensor) -> Tensor:
+        """`CifarResNet.official_features` of each branch, one after another: `[B,N·D·h·w]`; of no other backbone."""
+        assert self.of_cifar_resnet
+        for name, part in self.trunk.named_children():
+            x = x if name == "relu" else part(x)
+        maps = [nn.Sequential(*list(branch.children())[:-1])(x) for branch in self.branches]
+        return torch.cat([one.flatten(1) for one in maps], dim=1)
+
     def no_weight_decay(self) -> set[str]:
         return set(spared_from_decay((f"branches.{i}", branch) for i, branch in enumerate(self.branches)))
 

@@ -103,10 +103,9 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
         **architecture_of(method, criterion, filled),
     )
     if method.pairing == "transport" and protocol.features == "official" and not model.supports_official:
-        remedy = "--backbone resnet32, or" if method.architecture == "plain" else "a method without experts, or"
         raise UserError(
-            f"the features of protocol 'official' exist in plain CIFAR ResNets only, not in {method.name} with "
-            f"{config.backbone}; choose {remedy} --protocol clean"
+            f"the features of protocol 'official' exist in CIFAR ResNets only, not in {config.backbone}; choose "
+            "--backbone resnet32, or --protocol clean"
         )
     stages = build_stages(replace(config, set=filled), method, protocol, dataset, criterion)
     return Plan(config, settings, method, protocol, dataset, model, stages)
