@@ -172,10 +172,11 @@ def test_the_temperature_follows_the_class_frequencies() -> None:
     assert class_temperature(COUNTS, rho=0.0).tolist() == [1.0] * 10
 
 
-def test_the_temperature_begins_at_160_of_200_epochs() -> None:
+@pytest.mark.parametrize(("epochs", "settings"), [(240, {}), (200, {"temperature_start": 160 / 200})])
+def test_the_temperature_begins_at_epoch_160(epochs: int, settings: dict[str, float]) -> None:
     output, *_ = draw(6, 3, 10, 5)
-    criterion = RIDE(COUNTS, LDAM(COUNTS), rho=0.5)
-    values = [float(criterion.label_free(output, epoch / 200)) for epoch in range(200)]  # type: ignore[arg-type]
+    criterion = RIDE(COUNTS, LDAM(COUNTS), rho=0.5, **settings)
+    values = [float(criterion.label_free(output, epoch / epochs)) for epoch in range(epochs)]  # type: ignore[arg-type]
     assert len(set(values[:160])) == 1 and len(set(values[160:])) == 1
     assert abs(values[159] - values[160]) > 1e-3
 

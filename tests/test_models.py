@@ -142,6 +142,16 @@ def test_normed_head_gives_scaled_cosines() -> None:
     assert head(torch.zeros(1, 6)).abs().sum() == 0
 
 
+def test_normed_head_rounds_no_cosine_under_autocast() -> None:
+    head, features = NormedHead(64, 10), torch.randn(32, 64).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = head(features)
+    want = NormedHead.forward(head.double(), features.double())
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=1e-4)
+    got.sum().backward()
+    assert head.weight.grad is not None
+
+
 def test_sigmoid_head_starts_at_one_in_k_and_keeps_its_bias_from_decay() -> None:
     model = small(num_classes=5, head="sigmoid")
     assert isinstance(model.head, SigmoidHead)

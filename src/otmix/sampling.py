@@ -75,8 +75,8 @@ class ClassSampling:
     [0, 1] or a power that is not finite.
 
     Args:
-        power: of the class frequency; 0 draws all classes evenly, 1/2 is square-root sampling (M2m's and LDAM's DRS:
-            0).
+        power: of the class frequency; 0 draws all classes evenly, 1/2 is square-root sampling (DRS in M2m's
+            code: 0; others go by effective numbers, which is nearly the same up to some thousand images a class).
         start: share of the run from which the law holds (DRS: 160 of 240 epochs; 160 of 200 with --schedule ldam).
     """
 

@@ -49,8 +49,8 @@ class RIDE(Criterion):
             CIFAR: -0.45; for ImageNet-LT and iNaturalist: -0.2).
         rho: how far the temperature follows the class frequencies (RIDE's code for CIFAR: 0.05; for ImageNet-LT: 0.02,
             for iNaturalist: 0.015).
-        temperature_start: share of the run from which the temperature differs between classes (RIDE's code: 160 of 200
-            epochs).
+        temperature_start: share of the run from which the temperature differs between classes (160 of 240 epochs, where
+            -drw begins; 160 of 200 in RIDE's code, and with --schedule ldam).
     """
 
     temperature: Tensor
@@ -61,7 +61,7 @@ class RIDE(Criterion):
         base: Criterion,
         diversity: float = -0.45,
         rho: float = 0.05,
-        temperature_start: float = 160 / 200,
+        temperature_start: float = 160 / 240,
     ) -> None:
         super().__init__(counts)
         if not (math.isfinite(diversity) and 0 <= rho <= 1 and 0 <= temperature_start <= 1):

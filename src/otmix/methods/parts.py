@@ -191,6 +191,7 @@ PIXEL_DEFAULTS: dict[str, dict[str, tuple[object, str]]] = {
 # the same where foregrounds come from the second stream
 SECOND_STREAM_DEFAULTS: dict[str, dict[str, tuple[object, str]]] = {
     "saliencymix": {"box_per": ("image", "the peak is each foreground's own; the paper is silent")},
+    "unimix": {"alpha": PIXEL_DEFAULTS["unimix"]["alpha"]},
 }
 CONFUSION_DEFAULTS: dict[str, tuple[object, str]] = {
     "confusion_from": ("held-out", "nothing is embedded during training that F could be streamed from"),
