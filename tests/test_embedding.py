@@ -137,6 +137,25 @@ class Holder:
 
 
 NET = TwoFaced()
+MODELS = {"student": NET}
+NETS = [NET]
+
+
+class Reaching:
+    """Its network is another's."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return named_globally(images)
+
+
+class Hidden:
+    """Nobody sees from outside which network it calls."""
+
+    def __init__(self, net: TwoFaced) -> None:
+        self.nets = {"of": {"mine": net}}
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.nets["of"]["mine"].both(images)
 
 
 def named_globally(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +199,10 @@ def decorated(net: TwoFaced) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         lambda _: lambda images: named_globally(images),
         lambda _: named_globally,
         decorated,
+        lambda _: lambda images: MODELS["student"].both(images),
+        lambda net: lambda images, nets=NETS: nets[0].both(images),
+        lambda _: lambda images: NETS[0].both(images),
+        lambda _: Reaching(),
     ],
     ids=[
         "bound",
@@ -192,6 +215,10 @@ def decorated(net: TwoFaced) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         "helper",
         "global",
         "decorated",
+        "dictionary",
+        "default",
+        "list",
+        "object's global",
     ],
 )
 def test_a_function_of_someones_model_leaves_no_trace_either(make: Callable[[TwoFaced], Callable[..., object]]) -> None:
@@ -205,6 +232,19 @@ def test_a_function_of_someones_model_leaves_no_trace_either(make: Callable[[Two
     assert torch.equal(embedded.features, NET.features(IMAGES).detach())
     assert embedded.log_probabilities is not None
     assert torch.equal(embedded.log_probabilities, NET(IMAGES).detach().log_softmax(1))
+
+
+def test_a_network_that_cannot_be_found_is_in_eval_mode_when_it_is_called() -> None:
+    net = TwoFaced()
+    net.head.eval()
+    function = Hidden(net)
+    assert networks_of(function) == []
+    with untouched(net):
+        embedded = embed(function, IMAGES, ITEMS)
+    with untouched(net), pytest.raises(UserError, match="features and logits"):
+        embed(lambda images: Hidden(net)(images)[1], IMAGES, ITEMS)
+    with torch.no_grad():
+        assert torch.equal(embedded.features, net.eval().features(IMAGES))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from otmix.errors import UserError
@@ -45,7 +46,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def networks_of(model: Callable[..., object]) -> list[nn.Module]:
     """The modules whose mode a call of `model` depends on: itself, or what a function names, closes over, is bound to.
 
-    Functions of the same file are followed, and so are attributes of objects, one level deep.
+    Functions of the same file are followed, and so are attributes of objects and the entries of lists and dictionaries,
+    one level deep.
     """
     found: list[nn.Module] = []
     seen: set[int] = set()
@@ -67,9 +69,14 @@ def networks_of(model: Callable[..., object]) -> list[nn.Module]:
             home = home or function.__module__
             if inspect.isfunction(function) and function.__module__ == home:
                 names = inspect.getclosurevars(function)
-                todo += [*names.nonlocals.values(), *names.globals.values()]
+                defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+                todo += [*names.nonlocals.values(), *names.globals.values(), *defaults]
+        elif isinstance(thing, (list, tuple, dict)):
+            values = thing.values() if isinstance(thing, dict) else thing
+            todo += [value for value in values if isinstance(value, nn.Module)]
         elif not isinstance(thing, (type, ModuleType)):
             todo += [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, nn.Module)]
+            todo.append(inspect.getattr_static(type(thing), "__call__", None))
     return found
 
 
@@ -81,6 +88,28 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
         _set_training(changed, False)
         yield
     finally:
+        _set_training(changed, True)
+
+
+@contextmanager
+def eval_mode_when_called() -> Iterator[None]:
+    """Every module that is called goes into eval mode first; afterwards each is in its own mode again.
+
+    For a function that reaches its network in a way that cannot be seen beforehand; each call of a module, anywhere in
+    the process, costs a little more meanwhile.
+    """
+    changed: list[nn.Module] = []
+
+    def to_eval(module: nn.Module, _: object) -> None:
+        if module.training:
+            changed.append(module)
+            _set_training([module], False)
+
+    hook = register_module_forward_pre_hook(to_eval)
+    try:
+        yield
+    finally:
+        hook.remove()
         _set_training(changed, True)
 
 
@@ -100,7 +129,8 @@ def looking(
             output = as_output(forward(images))
         return Output(output.logits.float(), _float(output.features), _float(output.expert_logits))
 
-    with eval_mode(*networks_of(model)), torch.no_grad():
+    networks = networks_of(model)
+    with eval_mode(*networks) if networks else eval_mode_when_called(), torch.no_grad():
         try:
             yield look
         finally:
