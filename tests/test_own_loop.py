@@ -198,3 +198,32 @@ def test_the_examples_run_and_are_short(
     monkeypatch.setattr(sys, "argv", [script, "--epochs", "2"])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     assert "test accuracy" in capsys.readouterr().out
+
+
+def estimate_in_one_of_two(rank: int, folder: str) -> None:
+    """(In the children.)"""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)  # the same network in both
+    net, (images, labels) = Net(), dataset().tensors
+    mixer = make(net, rank=rank, world=2, pairing=TransportPairing())
+    mine = (images[rank::2], labels[rank::2])
+    mixer(mine, mine)
+    counted = mixer.counter.table.value.clone()
+    mixer.end_epoch()
+    validated = make(net, rank=rank, world=2)
+    validated.end_epoch([mine])
+    assert mixer.confusion is not None
+    assert validated.confusion is not None
+    found = {"counted": counted, "F": mixer.confusion.matrix, "validation": validated.confusion.matrix}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_estimate_one_confusion(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(estimate_in_one_of_two, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    total = one["counted"] + other["counted"]
+    assert not torch.equal(one["counted"], other["counted"])
+    torch.testing.assert_close(one["F"], total / total.sum(1, keepdim=True))
+    assert torch.equal(one["F"], other["F"])
+    assert torch.equal(one["validation"], other["validation"])

@@ -48,7 +48,8 @@ class OTMixer:
         epochs: how many there will be; transport replaces random pairing with probability (t/T) in epoch t of T.
         pairing, pixels, schedule: other rules than the defaults, which are the library's `clean` protocol.
         r: exponent of the foreground classes, q_k ~ n_k^-r (eq. 3).
-        rank, world: the place of this process among several.
+        rank, world: the place of this process among several. Where torch.distributed is initialised, `end_epoch` adds
+            up what all of them have seen, so all call it; else each has a confusion matrix of its own.
 
     Raises UserError when labels and settings do not fit.
     """
@@ -120,7 +121,8 @@ class OTMixer:
                 seen = embed(self.model, images, Items(labels))
                 assert seen.log_probabilities is not None
                 counter.add(labels, seen.log_probabilities)
-        estimate = counter.estimate()
+        together = self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+        estimate = counter.estimate(_over_all_processes if together else None)
         if estimate is not None:
             self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
         self.epoch, self.step = self.epoch + 1, 0
@@ -146,7 +148,7 @@ class OTMixer:
         return transform
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resumes the mixer, as tensors and plain values."""
+        """Everything that resumes the mixer (of several processes: of this one), as tensors and plain values."""
         confusion = self.confusion
         return {
             "epoch": self.epoch,
@@ -203,6 +205,11 @@ class _ForegroundSampler(Sampler[int]):
 def _batch(labelled: LabelledImages, device: torch.device) -> Batch:
     images, labels = labelled
     return Batch(Items(labels.to(device, non_blocking=True)), images.to(device, non_blocking=True))
+
+
+def _over_all_processes(counts: Tensor) -> Tensor:
+    torch.distributed.all_reduce(counts)
+    return counts
 
 
 def _again_and_again(batches: Iterable[LabelledImages]) -> Iterator[LabelledImages]:
