@@ -83,6 +83,7 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
         "split": config.final_split,
         "seed": config.seed,
         "hash": config.hash,
+        "commit": "abc123",
         "seconds_per_epoch": 2.0,
         "evaluation": evaluation | changed.pop("evaluation", {}),
     }
@@ -546,7 +547,7 @@ def test_a_unit_is_named_after_what_was_run_and_says_where_it_came_from(tmp_path
     assert re.fullmatch(r"units/digits/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-[0-9a-f]{6}-seed4\.json", name)
     unit = json.loads(path.read_text())
     assert str(tmp_path) not in path.read_text(), "a unit names no place on a machine"
-    assert unit["commit"] == "abc123"
+    assert unit["commit"] == unit["finished_commit"] == "abc123"
     assert unit["device"] == "a processor"
     assert unit["config_hash"] == json.loads((run_dir / "result.json").read_text())["hash"]
     assert unit["data"]["splits"] == SPLITS
@@ -688,6 +689,12 @@ def test_units_that_saw_other_images_are_not_put_into_one_line(tmp_path: Path) -
     write_unit(finish_run(replace(BASE, method="cmo", seed=1, out=str(tmp_path / "other")), 0.3, other), tmp_path)
     with pytest.raises(UserError, match="did not see the same images"):
         results_table(read_units(tmp_path))
+
+
+def test_a_table_names_the_commit_that_a_run_was_resumed_with_too(tmp_path: Path) -> None:
+    config = replace(BASE, method="erm", out=str(tmp_path / "runs" / "one"))
+    write_unit(finish_run(config, 0.2, commit="def456"), tmp_path)
+    assert "Source: abc123, def456." in results_table(read_units(tmp_path))
 
 
 def test_a_region_is_filled_and_filling_it_again_changes_nothing() -> None:

@@ -154,7 +154,8 @@ def _notes(units: Sequence[Unit], lines: Sequence[Sequence[Unit]]) -> list[str]:
     images = ", ".join(f"{split} {found['images']:,}" for split, found in splits.items())
     hashes = sorted({unit["data"]["hash"] for unit in units})
     subset = f"data {hashes[0]}" if len(hashes) == 1 else f"each seed has its own split, data {', '.join(hashes)}"
-    commits = sorted({unit["commit"] or "an installed package" for unit in units})
+    sources = {unit.get(key, unit["commit"]) for unit in units for key in ("commit", "finished_commit")}
+    commits = sorted(commit or "an installed package" for commit in sources)
     devices = sorted({unit["device"] for unit in units})
     where = f"Device: {', '.join(devices)}. Source: {', '.join(commits)}."
     return [*notes, f"Images: {images} ({subset}). Recipe: {', '.join(recipe)}. {where}"]
