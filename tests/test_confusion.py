@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from otmix import counting
 from otmix.confusion import SOFT_TOP, ConfusionCounter, perturb
 from otmix.counting import CountTable, normalise_rows
-from otmix.errors import UserError
 from otmix.types import Confusion, ConfusionOrigin
 
 
@@ -138,8 +137,13 @@ def test_noise_replaces_a_share_of_each_row(k: int, share: float, seed: int) -> 
         assert not torch.allclose(wrong.matrix, true.matrix)
 
 
-def test_a_sparse_matrix_cannot_be_made_wrong() -> None:
-    sparse = Confusion(torch.eye(4).to_sparse(), ConfusionOrigin())
-    assert perturb(sparse, 0, 0, drawn(0)) is sparse
-    with pytest.raises(UserError, match="1000 classes"):
-        perturb(sparse, 0.5, 0, drawn(0))
+@given(k=st.integers(2, 12), shuffle=st.sampled_from([0.0, 0.5, 1.0]), noise=st.sampled_from([0.0, 0.3]))
+def test_a_sparse_matrix_is_made_wrong_as_a_dense_one(k: int, shuffle: float, noise: float) -> None:
+    true = some_confusion(k)
+    true.matrix[true.matrix < 0.1] = 0
+    sparse = Confusion(true.matrix.to_sparse(), ConfusionOrigin())
+    got = perturb(sparse, shuffle, noise, drawn(3))
+    assert torch.equal(got.matrix.to_dense(), perturb(true, shuffle, noise, drawn(3)).matrix)
+    assert got.matrix.is_sparse == (noise == 0)
+    rows, columns = torch.arange(k), torch.arange(k).flip(0)
+    assert torch.equal(got.lookup(rows, columns), perturb(true, shuffle, noise, drawn(3)).lookup(rows, columns))
