@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from otmix.config import RunConfig
 from otmix.data import ArraySource, ImageDataset
-from otmix.models import build_model
+from otmix.models import Classifier, build_model
 from otmix.protocols import Overrides
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
@@ -96,14 +96,18 @@ class Epochs:
         return time.perf_counter() - began
 
 
-def barest(how: How) -> Callable[[], float]:
-    """A loop without this package's program: resident uint8 images, crop and flip, SGD (25 lines)."""
+def bare(how: How, layout: torch.memory_format) -> tuple[Tensor, Tensor, Classifier, torch.optim.Optimizer]:
+    """Resident uint8 images, labels, network and SGD for a loop without this package's program."""
     data, device = dataset(how.steps), how.device
-    images, labels = data.train.images.to(device), data.train.labels.to(device)
-    model = build_model("resnet32", 10, image_size=32, mean=MEAN, std=STD).to(device, memory_format=torch.channels_last)
+    model = build_model("resnet32", 10, image_size=32, mean=MEAN, std=STD).to(device, memory_format=layout).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4, fused=True)
-    model.train()
-    forward = how.compiled(model)
+    return data.train.images.to(device), data.train.labels.to(device), model, optimizer
+
+
+def barest(how: How) -> Callable[[], float]:
+    """A loop without this package's program: crop and flip, SGD."""
+    images, labels, model, optimizer = bare(how, torch.channels_last)
+    device, forward = how.device, how.compiled(model)
     rows = torch.arange(32, device=device)
 
     def epoch() -> float:
@@ -127,33 +131,26 @@ def barest(how: How) -> Callable[[], float]:
     return epoch
 
 
+def one_crop(images: Tensor) -> Tensor:
+    """One crop for the whole batch, which is cheaper than ours, to the baseline's favour."""
+    top, left = np.random.default_rng().integers(0, 9, 2)
+    return F.pad(images.float() / 255, (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32].flip(3)
+
+
 def released(how: How, layout: torch.memory_format = torch.channels_last) -> Callable[[], float]:
-    """A step as the released code writes it, our words: same data and network (39 lines)."""
+    """A step as the released code writes it, our words: same data and network."""
     import ot
 
-    data, device = dataset(how.steps), how.device
-    images, labels = data.train.images.to(device), data.train.labels.to(device)
-    model = build_model("resnet32", 10, image_size=32, mean=MEAN, std=STD).to(device, memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4, fused=True)
-    model.train()
+    images, labels, model, optimizer = bare(how, layout)
     forward, features = how.compiled(model), how.compiled(model.official_features)
     confusion = random_confusion().double()
-    weight = (1.0 / torch.bincount(labels).double())[labels]
-    flip = torch.tensor([-1], device=device)
-
-    def augment(index: Tensor) -> Tensor:
-        x = F.pad(images[index].float() / 255, (4, 4, 4, 4))
-        top, left = np.random.default_rng().integers(
-            0, 9, 2
-        )  # one crop a batch: cheaper than ours, to the baseline's favour
-        x = x[:, :, top : top + 32, left : left + 32]
-        return x.flip(3) if int(flip) < 0 else x
+    weight = (1.0 / torch.bincount(labels).double())[labels].cpu()
 
     def epoch() -> float:
         began = time.perf_counter()
         for back in torch.randperm(len(labels)).split(BATCH):
-            fore = torch.multinomial(weight.cpu(), len(back), replacement=True)
-            x_b, x_f, y_b, y_f = augment(back), augment(fore), labels[back], labels[fore]
+            fore = torch.multinomial(weight, len(back), replacement=True)
+            x_b, x_f, y_b, y_f = one_crop(images[back]), one_crop(images[fore]), labels[back], labels[fore]
             with how.autocast():
                 z_b, z_f = features(x_b).float(), features(x_f).float()
             cosine = 1 - F.normalize(z_f) @ F.normalize(z_b).T
