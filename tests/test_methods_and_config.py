@@ -109,7 +109,9 @@ def test_the_table_of_design_section_5() -> None:
     assert (paper.confusion_from, official.confusion_from, clean.confusion_from) == ("held-out", "test", "streamed")
     assert (paper.confusion_soft, official.confusion_soft, clean.confusion_soft) == (False, False, True)
     assert {(p.epsilon, p.omega, p.alpha) for p in PROTOCOLS.values()} == {(0.01, 0.05, 4)}
-    assert (paper.weighted_mean, official.weighted_mean, clean.weighted_mean) == ("mean", "weighted-mean", "mean")
+    assert (paper.weighted_mean, official.weighted_mean, clean.weighted_mean) == (
+        "mean", "weighted-mean", "weighted-mean",
+    )  # fmt: skip
     assert (paper.headline, official.headline, clean.headline) == ("last", "best-on-test", "last")
     assert [name for name, p in PROTOCOLS.items() if p.looks_at_test] == ["official"]
 

@@ -19,6 +19,7 @@ from otmix.methods.parts import (
     REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
     SECOND_STREAM_DEFAULTS,
+    UNMIXED_DEFAULTS,
     PairingName,
     Part,
 )
@@ -168,7 +169,7 @@ class Method:
     def defaults(self) -> dict[str, tuple[object, str]]:
         """Settings of a protocol that this method has its own value for, whatever the protocol: (value, source)."""
         if self.pixels is None:
-            return {}
+            return UNMIXED_DEFAULTS
         if self.pairing == "within-batch":
             return PIXEL_DEFAULTS.get(self.pixels, {})
         own = SECOND_STREAM_DEFAULTS.get(self.pixels, {})

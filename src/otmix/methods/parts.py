@@ -156,6 +156,10 @@ ARCHITECTURE_PARTS: dict[Architecture, Part] = {
     ),
 }
 
+UNMIXED_DEFAULTS: dict[str, tuple[object, str]] = {
+    "weighted_mean": ("weighted-mean", "LDAM's and RIDE's code, by F.cross_entropy with weights"),
+}
+
 # What a pixel rule's own paper or code does differently from the protocols (which speak of OTmix and CMO), as
 # (value, source): it holds where the rule mixes a batch with itself.
 _WHOLE_RUN = {"mix_from": (0.0, "no margin in its code"), "mix_until": (1.0, "no margin in its code")}
@@ -181,11 +185,13 @@ PIXEL_DEFAULTS: dict[str, dict[str, tuple[object, str]]] = {
         **_WHOLE_RUN,
         "mix_probability": (1.0, "as Mixup; Remix has no official code"),
         "alpha": (1.0, "imbalanced-DL's re-implementation"),
+        "weighted_mean": ("mean", "as in UniMix's code and the re-implementations of Remix"),
     },
     "unimix": {
         **_WHOLE_RUN,
         "mix_probability": (1.0, "UniMix's code: every batch"),
         "alpha": (0.8, "UniMix's code (which nearly cancels the method; .2 does not)"),
+        "weighted_mean": ("mean", "UniMix's code"),
     },
 }
 # the same where foregrounds come from the second stream
