@@ -2,6 +2,7 @@
 by being in it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def test_it_keeps_the_contract(name: str) -> None:
 def test_every_loss_trains_with_every_mixer(mixer: str, tmp_path: Path) -> None:
     """An epoch, with both labels of most images in play."""
     for loss in known_losses():
-        run = contract.tiny_run(parse_method(f"{loss}+{mixer}"), tmp_path / loss, epochs=1)
+        method = parse_method(f"{loss}+{mixer}")
+        begun = {"loss.start": 0.0} if loss == "ib" else {}  # which is cross-entropy before
+        settings = replace(contract.tiny_config(method).set, parts=begun)
+        run = contract.tiny_run(method, tmp_path / loss, epochs=1, set=settings)
         before = contract.weights(run)
         train_epoch(run)
         after = contract.weights(run)
@@ -45,7 +49,9 @@ def test_every_loss_trains_with_every_mixer(mixer: str, tmp_path: Path) -> None:
         assert read["mixed_share"] == 1.0, loss
         assert (read["transport_share"] == 1.0) == mixer.startswith("otmix"), loss
         assert all(bool(value.isfinite().all()) for value in after.values()), loss
-        assert not torch.equal(before["head.weight"], after["head.weight"]), loss
+        # without weight decay, so it is the loss that moves them
+        still = [name for name, _ in run.state.model.named_parameters() if torch.equal(before[name], after[name])]
+        assert not still, loss
 
 
 class Hidden(Criterion):
@@ -61,12 +67,20 @@ class Hidden(Criterion):
 
 
 class Deaf(Criterion):
-    """A loss that reaches no parameter, and raises on a batch of one image."""
+    """A loss that raises on a batch of one image."""
 
     def per_label(self, output: Output, labels: torch.Tensor, progress: float) -> torch.Tensor:
         if len(labels) == 1:
             raise RuntimeError("one image is too few")
-        return output.logits.sum(1) * 0.0
+        return output.logits.sum(1)
+
+
+class Headless(Criterion):
+    """A loss that moves the features, and whose gradient on the head is zero."""
+
+    def per_label(self, output: Output, labels: torch.Tensor, progress: float) -> torch.Tensor:
+        assert output.features is not None
+        return output.features.square().mean(1) + output.logits.sum(1) * 0.0
 
 
 def test_a_loss_that_breaks_the_contract_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +90,11 @@ def test_a_loss_that_breaks_the_contract_is_found_out(monkeypatch: pytest.Monkey
     monkeypatch.setitem(LOSSES, "deaf", Deaf)
     problems = {found.check: found.problem for found in contract.check_method("deaf")}
     assert "one image is too few" in str(problems["gives finite losses, and changes every parameter it trains"])
+    monkeypatch.setitem(LOSSES, "headless", Headless)
+    problems = {found.check: found.problem for found in contract.check_method("headless")}
+    assert [problem for problem in problems.values() if problem] == [
+        "these parameters never change: head.weight, head.bias"
+    ]
 
 
 def test_hidden_state_breaks_the_resume(monkeypatch: pytest.MonkeyPatch) -> None:
