@@ -174,6 +174,73 @@ def test_a_settings_value_reaches_the_part(tmp_path: Path) -> None:
     )
 
 
+UNIFORM = [0.25] * 4
+BY_RARITY = [(1 / count) / sum(1 / n for n in contract.COUNTS) for count in contract.COUNTS]
+
+
+def test_unimix_draws_its_partners_by_its_law(tmp_path: Path) -> None:
+    """n^tau, and nothing else does."""
+    for tau, parts in ((-0.5, {}), (-2.0, {"mixer.tau": -2.0})):
+        run = contract.tiny_run(parse_method("unimix"), tmp_path, set=Overrides(parts=parts))
+        pairing: Any = run.state.mixer.pairing  # type: ignore[union-attr]
+        assert pairing.class_weight.tolist() == pytest.approx([count**tau for count in contract.COUNTS])
+    other: Any = contract.tiny_run(parse_method("remix"), tmp_path).state.mixer
+    assert other.pairing.class_weight is None
+
+
+@pytest.mark.parametrize("name", ["ib", "ib-drw+otmix", "ride-ib"])
+def test_ib_has_its_own_steps_of_the_learning_rate(name: str, tmp_path: Path) -> None:
+    """x .01 from 100 of 200 epochs, where it begins, 1e-4 from 160, 1e-6 from 180: those of the recipe are replaced."""
+    run = contract.tiny_run(parse_method(name), tmp_path, epochs=10)
+    factors = [1.0] * 5 + [1e-2] * 3 + [1e-4, 1e-6]
+    assert [run.stage.schedule.factor(epoch, 10) for epoch in range(10)] == factors
+    run.epoch = 8
+    train_epoch(run)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(run.stage.optimizer.lr * 1e-4)
+    early = contract.tiny_run(parse_method(name), tmp_path, epochs=10, set=Overrides(parts={"loss.start": 0.2}))
+    assert early.stage.schedule.factor(2, 10) == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "law"),
+    [
+        ("bbn", {}, BY_RARITY),
+        ("bbn-ldam-drw", {}, BY_RARITY),
+        ("cmo", {}, UNIFORM),
+        ("cmo", {"foreground_r": 1.0}, BY_RARITY),
+    ],
+)
+def test_the_law_of_the_second_stream(name: str, settings: dict[str, Any], law: list[float], tmp_path: Path) -> None:
+    """BBN's reversed stream is its own: a class is drawn ~ 1/n, whatever the protocol says of foregrounds."""
+    run = contract.tiny_run(parse_method(name), tmp_path, set=Overrides(**settings))
+    assert run.foreground is not None
+    drawn = run.foreground.draw(20000, torch.Generator().manual_seed(0)).labels
+    assert (torch.bincount(drawn, minlength=4) / 20000).tolist() == pytest.approx(law, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("name", "probability", "window", "rule"),
+    [
+        ("cutmix", 0.5, (0, 1), {"alpha": 1, "box": "clipped", "per": "batch"}),
+        ("mixup", 1, (0, 1), {"alpha": 1, "per": "batch"}),
+        ("saliencymix", 0.5, (0, 1), {"alpha": 1, "per": "image"}),
+        ("remix", 1, (0, 1), {"alpha": 1, "per": "batch", "kappa": 3, "tau": 0.5}),
+        ("unimix", 1, (0, 1), {"alpha": 0.8, "tau": -0.5}),
+        ("otmix", 0.5, (4 / 240, 1), {"alpha": 4, "box": "exact", "per": "batch"}),
+        ("otmix-mixup", 0.5, (4 / 240, 1), {"alpha": 4, "per": "batch"}),
+        ("otmix-saliencymix", 0.5, (4 / 240, 1), {"alpha": 4, "per": "image"}),
+    ],
+)
+def test_a_pixel_rule_runs_with_the_numbers_of_its_paper(
+    name: str, probability: float, window: tuple[float, float], rule: dict[str, Any], tmp_path: Path
+) -> None:
+    """Within the batch; with foregrounds of the second stream, with those of the protocol."""
+    mixer = contract.tiny_run(parse_method(name), tmp_path, set=Overrides()).state.mixer
+    assert mixer is not None
+    assert (mixer.schedule.probability, mixer.schedule.window) == (probability, window)
+    assert {key: value for key, value in vars(mixer.mixer).items() if key != "counts"} == rule
+
+
 def test_a_value_has_one_spelling() -> None:
     """2, 2.0 and 2e0 are one run; what a setting cannot be is refused."""
     method = parse_method("logit-adjustment")
