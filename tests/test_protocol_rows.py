@@ -11,6 +11,7 @@ import torch
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
+from otmix.pairing import PairingContext
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.training.build import build_run
@@ -44,8 +45,6 @@ def one_step(run: RunState, epoch: int, step: int = 0) -> tuple[Mixed, StepItems
     back = run.store.fetch(run.background.epoch(moment)[0], None)
     fore = run.store.fetch(run.foreground.step(len(back), moment), None)
     items = StepItems(back, fore)
-    from otmix.pairing import PairingContext
-
     return run.stage.step(run.state, items, PairingContext(moment, run.confusion)).mixed, items
 
 
@@ -289,6 +288,37 @@ def test_class_weighted_mean(digits: ImageDataset, tmp_path: Path) -> None:
     # weights
     assert losses["weighted-mean"] == pytest.approx(torch.tensor(10.0).log().item(), rel=1e-5)
     assert losses["mean"] != pytest.approx(losses["weighted-mean"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def balanced() -> ImageDataset:
+    return load_data(RunConfig(data="digits", imbalance=1.0))
+
+
+@pytest.mark.parametrize("pixels", ["cutmix", "mixup", "saliencymix"])
+@pytest.mark.parametrize("pairing", ["cmo", "otmix"])
+def test_balanced_data(balanced: ImageDataset, tmp_path: Path, pairing: str, pixels: str) -> None:
+    """Table 3: both streams draw the classes evenly, also by eq. 3 with r = 1, and a step of any pixel rule trains."""
+    settings = {"foreground_r": 1.0, "mix_probability": 1.0, "curriculum_power": 0.0}
+    run = build(balanced, tmp_path, f"{pairing}-{pixels}", **settings)
+    backgrounds = torch.cat([batch.labels for batch in run.background.epoch(run.moment(0))])
+    assert len(torch.bincount(backgrounds, minlength=10).unique()) == 1
+    assert run.foreground is not None
+    drawn = torch.bincount(run.foreground.draw(20000, torch.Generator().manual_seed(0)).labels, minlength=10)
+    assert (drawn / 20000 - 0.1).abs().max() < 0.012
+
+    run.epoch, moment = 100, Moment(epoch=100, epochs=240)
+    back = run.store.fetch(run.background.epoch(moment)[0], None)
+    items = StepItems(back, run.store.fetch(run.foreground.step(len(back), moment), None))
+    before = run.state.model.head.weight.detach().clone()
+    parts = run.stage.step(run.state, items, PairingContext(moment, run.confusion))
+    run.fabric.backward(parts.loss)
+    run.optimizer.step()
+    assert bool(parts.mixed.mixed.all())
+    assert parts.mixed.pairs is not None
+    assert parts.mixed.pairs.by == ("index" if pairing == "cmo" else "transport")
+    assert bool(parts.loss.isfinite())
+    assert not torch.equal(before, run.state.model.head.weight)
 
 
 def test_headline(digits: ImageDataset, tmp_path: Path) -> None:
