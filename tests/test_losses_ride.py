@@ -65,6 +65,28 @@ def cast(output: Output, dtype: torch.dtype) -> Output:
     return Output(output.logits.to(dtype), output.features.to(dtype), output.expert_logits.to(dtype))
 
 
+def slow_ride(
+    output: Output,
+    target: Target,
+    weight: Tensor | None,
+    counts: ClassCounts,
+    rho: float | None,
+    reduction: Reduction = "mean",
+    diversity: float = -0.45,
+) -> float:
+    """RIDE on LDAM; `rho` None: before the temperature begins."""
+    assert output.expert_logits is not None
+    n, z = counts.counts.tolist(), output.expert_logits.double().tolist()
+    total = diversity * slow_divergence(z, [1.0] * len(n) if rho is None else slow_temperature(n, rho))
+    for labels, shares in zip(target.labels.T.tolist(), target.shares.T.tolist()):
+        w = [1.0 if weight is None else float(weight[y]) for y in labels]
+        of_label = math.fsum(
+            shares[i] * w[i] * slow_ldam(expert, labels[i], n) for i, image in enumerate(z) for expert in image
+        )
+        total += of_label / (sum(w) if weight is not None and reduction == "weighted-mean" else len(z))
+    return total
+
+
 @given(
     b=st.integers(1, 5),
     e=st.integers(1, 4),
@@ -78,22 +100,32 @@ def cast(output: Output, dtype: torch.dtype) -> Output:
 def test_the_formula(
     b: int, e: int, k: int, seed: int, late: bool, weighted: bool, reduction: Reduction, diversity: float
 ) -> None:
-    output, target, weight, counts = draw(b, e, k, seed)
-    assert output.expert_logits is not None
-    n, z = counts.counts.tolist(), output.expert_logits.double().tolist()
-    want = 0.0
-    for s in range(2):
-        labels = target.labels[:, s].tolist()
-        w = [float(weight[y]) if weighted else 1.0 for y in labels]
-        per_expert = [
-            math.fsum(float(target.shares[i, s]) * w[i] * slow_ldam(z[i][x], labels[i], n) for i in range(b))
-            for x in range(e)
-        ]
-        want += math.fsum(per_expert) / (sum(w) if weighted and reduction == "weighted-mean" else b)
-    want += diversity * slow_divergence(z, slow_temperature(n, 0.2) if late else [1.0] * k)
+    output, target, drawn, counts = draw(b, e, k, seed)
+    weight, rho = drawn if weighted else None, 0.2 if late else None
+    want = slow_ride(output, target, weight, counts, rho, reduction, diversity)
     criterion = RIDE(counts, LDAM(counts), diversity=diversity, rho=0.2, temperature_start=0.5)
-    got = criterion(output, target, weight if weighted else None, 0.5 if late else 0.49, reduction)
+    got = criterion(output, target, weight, 0.5 if late else 0.49, reduction)
     assert float(got) == pytest.approx(want, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("b", "k"), [(2, 8142), (7, 10), (40, 2)])
+def test_the_formula_of_large_logits(b: int, k: int, dtype: torch.dtype) -> None:
+    """±50, and many classes of which nearly all are absent."""
+    drawn, target, weight, counts = draw(b, 3, k, 10, scale=50.0)
+    output, criterion = cast(drawn, dtype), RIDE(counts, LDAM(counts), rho=0.2, temperature_start=0.5)
+    for rho, progress in ((None, 0.0), (0.2, 0.9)):
+        want = slow_ride(output, target, weight, counts, rho)
+        assert float(criterion(output, target, weight, progress)) == pytest.approx(want, rel=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("y", [0, 9])
+def test_a_batch_of_one_class(y: int, dtype: torch.dtype) -> None:
+    drawn, _, weight, counts = draw(6, 3, 10, 11)
+    output, target = cast(drawn, dtype), Target.hard(torch.full((6,), y))
+    got = RIDE(counts, LDAM(counts))(output, target, weight, 0.9)
+    assert float(got) == pytest.approx(slow_ride(output, target, weight, counts, 0.05), rel=2e-5)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.9])
