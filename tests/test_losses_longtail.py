@@ -84,6 +84,10 @@ def slow_balanced_softmax(z: list[float], y: int, n: list[int]) -> float:
     return -log_softmax([z[k] + math.log(n[k]) for k in range(len(z))], y)
 
 
+def slow_logit_adjustment(z: list[float], y: int, n: list[int], tau: float = 1.0) -> float:
+    return -log_softmax([z[k] + tau * math.log(n[k] / sum(n)) for k in range(len(z))], y)
+
+
 def slow_bayias(z: list[float], y: int, n: list[int]) -> float:
     return -log_softmax([z[k] + math.log(n[k] / sum(n)) - math.log(1 / len(n)) for k in range(len(z))], y)
 
@@ -96,7 +100,7 @@ SLOW: dict[str, Callable[[list[float], int, list[int]], float]] = {
     "cb-sigmoid": slow_cb_sigmoid,
     "cb-focal": slow_cb_focal,
     "balanced-softmax": slow_balanced_softmax,
-    "logit-adjustment": slow_balanced_softmax,
+    "logit-adjustment": slow_logit_adjustment,
     "bayias": slow_bayias,
 }
 
@@ -140,6 +144,17 @@ def test_other_gammas(gamma: float) -> None:
         want = [formula(z, y, n, gamma) for z, y in zip(logits.double().tolist(), labels[:, 0].tolist())]
         got = criterion.per_label(Output(logits), labels[:, 0], 0.0)
         assert got.tolist() == pytest.approx(want, rel=2e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("b", "k", "scale"), [(9, 10, 4.0), (40, 3, 50.0), (1, 8142, 50.0)])
+@pytest.mark.parametrize("tau", [-1.0, 0.5, 2.5])
+def test_other_taus(tau: float, b: int, k: int, scale: float, dtype: torch.dtype) -> None:
+    logits, labels, counts = draw(b, k, scale)
+    logits, y, n = logits.to(dtype), labels[:, 0], counts.counts.tolist()
+    want = [slow_logit_adjustment(z, label, n, tau) for z, label in zip(logits.double().tolist(), y.tolist())]
+    got = LogitAdjustment(counts, tau).per_label(Output(logits), y, 0.0)
+    assert got.tolist() == pytest.approx(want, rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "weighted-mean"])
