@@ -297,6 +297,9 @@ def test_methods_explains_every_setting(name: str, capsys: pytest.CaptureFixture
             assert cells == [("no", "yes")[value] if isinstance(value, bool) else str(value) for value in values]
         assert meaning in text
         assert source in text
+    for key, part in method.part_settings.items():
+        assert any(line.split()[:1] == [key] for line in lines)
+        assert f"{part.meaning} {part.source}" in text
     unread = {f.name for f in fields(Protocol)} - set(method.setting_names)
     assert not any(line.split()[:1] == [setting] for line in lines for setting in unread)
 

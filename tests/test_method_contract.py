@@ -13,8 +13,9 @@ from otmix.cli import main
 from otmix.errors import UserError
 from otmix.losses import LOSSES, Criterion, register_loss
 from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, parse_method
+from otmix.methods.parts import REBALANCING_DEFAULTS
 from otmix.mixing import PIXEL_RULES
-from otmix.protocols import Overrides
+from otmix.protocols import PROTOCOLS, Overrides
 from otmix.training import contract
 from otmix.training.loop import train_epoch
 from otmix.types import Output
@@ -32,6 +33,17 @@ def test_it_keeps_the_contract(name: str) -> None:
     findings = contract.check_method(name)
     assert len(findings) == len(contract.CHECKS)
     assert {found.check: found.problem for found in findings if found.problem} == {}
+
+
+def test_every_setting_of_the_librarys_own_parts_has_a_source() -> None:
+    for method in map(parse_method, NAMES):
+        for name, _, meaning, source in method.settings(PROTOCOLS["clean"]):
+            assert meaning and source, f"{method.name}: {name}"
+        for key, setting in method.part_settings.items():
+            assert setting.meaning and setting.source, f"{method.name}: {key}"
+    rho = parse_method("ride").part_settings["model.rho"]
+    assert rho.meaning == "how far the temperature follows the class frequencies"
+    assert rho.source == "RIDE's code for CIFAR: 0.05; for ImageNet-LT: 0.02, for iNaturalist: 0.015"
 
 
 @pytest.mark.parametrize("mixer", known_mixers())
@@ -95,6 +107,13 @@ def test_a_loss_that_breaks_the_contract_is_found_out(monkeypatch: pytest.Monkey
     assert [problem for problem in problems.values() if problem] == [
         "these parameters never change: head.weight, head.bias"
     ]
+
+
+@pytest.mark.parametrize("start", [0.5, 0.9])
+def test_a_listed_default_that_does_not_run_is_found_out(start: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REBALANCING_DEFAULTS, "drs", {"start": start})
+    problems = {found.check: found.problem for found in contract.check_method("ce-drs")}
+    assert "are not those it runs with" in str(problems["writes its settings to YAML and reads the same ones back"])
 
 
 def test_hidden_state_breaks_the_resume(monkeypatch: pytest.MonkeyPatch) -> None:

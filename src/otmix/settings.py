@@ -1,12 +1,14 @@
 """The settings of a part (a loss, a pixel rule, …), read off its constructor: name, type, default, meaning and source.
 
 A part is added by writing it: what its constructor takes, with a default, can be set; what its docstring says of it
-under `Args:` is what listings print.
+under `Args:` is what listings print, a source being what stands in parentheses at its end: `tau: strength (A's code:
+1).`
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -25,6 +27,7 @@ class Setting:
     kind: Any
     default: Value
     meaning: str
+    source: str = ""
 
     @property
     def _types(self) -> tuple[Any, ...]:
@@ -77,13 +80,19 @@ def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",))
     initialiser = part.__init__ if inspect.isclass(part) else part
     hints = get_type_hints(initialiser)
     parsed = docstring_parser.parse(inspect.getdoc(part) or "", docstring_parser.DocstringStyle.GOOGLE)
-    meanings = {found.arg_name: " ".join((found.description or "").split()) for found in parsed.params}
+    said = {found.arg_name: _meaning_and_source(found.description or "") for found in parsed.params}
     found = (
-        Setting(name, hints.get(name, type(parameter.default)), parameter.default, meanings.get(name, ""))
+        Setting(name, hints.get(name, type(parameter.default)), parameter.default, *said.get(name, ("", "")))
         for name, parameter in inspect.signature(part).parameters.items()
         if parameter.default is not parameter.empty and name not in hidden
     )
     return {setting.name: setting for setting in found if setting.is_plain}
+
+
+def _meaning_and_source(description: str) -> tuple[str, str]:
+    text = " ".join(description.split())
+    found = re.fullmatch(r"(.+?) \(([^()]+)\)\.?", text)
+    return (found[1], found[2]) if found else (text, "")
 
 
 def chosen(part: Callable[..., Any], given: Mapping[str, object], group: str) -> dict[str, Value]:

@@ -181,6 +181,8 @@ def explain_method(method: Method, console: Console, protocols: list[ProtocolNam
     for key, setting in method.part_settings.items():
         console.print(Text(f"{key}  {_plain(setting.default)}", style="bold"))
         say(setting.meaning, indent=4)
+        if setting.source:
+            say(setting.source, "dim", indent=4)
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:

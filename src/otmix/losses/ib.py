@@ -100,8 +100,8 @@ class IB(Criterion):
         start: share of the run at which it begins (IB's code: 100 of 200 epochs).
         scale: constant factor, which gives the loss its usual size back (IB's code: 1000).
         epsilon: added to the influence (IB's code: 0.001).
-        weights: class weights that sum to K: inverse is 1/n (IB's code), effective is (1-b)/(1-b^n) with b = .9999 (its
-            IB + CB), none is 1.
+        weights: class weights that sum to K: inverse is 1/n, effective is (1-b)/(1-b^n) with b = .9999, none is 1 (IB's
+            code: inverse; its IB + CB: effective).
         detach: whether the influence is a constant to the gradient (IB's code: no).
         focal_gamma: exponent of a further factor 1 - p, 0 for none (IB's code: 1 in its IB + Focal, else 0).
     """
