@@ -304,6 +304,35 @@ def test_methods_explains_every_setting(name: str, capsys: pytest.CaptureFixture
     assert not any(line.split()[:1] == [setting] for line in lines for setting in unread)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lade", ("each image's own label", "one call pools both labels")),
+        ("ib", ("10000 for the scale", "p^w")),
+        ("ride", ("diversity of 0", "RandomRotation(15)", "100 epochs where its settings file has 200", "the width")),
+        ("bbn", ("E is 100 in its code's run of 90 epochs", "Nesterov", ".999999", "x .01 at epochs 120 and 160")),
+        ("saliencymix", ("normalised float images", "the batch's first pasted image")),
+        ("otmix-saliencymix", ("OTmix's ImageNet script", "normalised float images")),
+        ("remix", ("collapse to their average",)),
+        ("bayias+unimix", ("batches of 64", "alpha of .8")),
+        ("focal-drs", ("which makes it p^w", "by 10", "the sampler never takes effect")),
+        ("drw+otmix", ("at epoch 160 of 240", "OTmix's ImageNet script")),
+        ("ce", ()),
+    ],
+)
+def test_methods_says_where_papers_and_codes_disagree(
+    name: str, said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from otmix.methods import parse_method
+
+    assert main(["methods", name]) == 0
+    _, _, after = " ".join(capsys.readouterr().out.split()).partition(" where papers and codes disagree ")
+    sentences = [sentence for part in parse_method(name).parts for sentence in part.disagrees]
+    assert all(sentence in after for sentence in sentences)
+    assert all(any(words in sentence for sentence in sentences) for words in said)
+    assert bool(after) == bool(said)
+
+
 def test_methods_of_one_protocol(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "otmix", "--protocol", "official"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -166,6 +166,12 @@ def explain_method(method: Method, console: Console, protocols: list[ProtocolNam
     for part in method.parts:
         say(f"{part.title} ({part.paper}): {part.changes}", indent=2)
     say("")
+    disagreements = [sentence for part in method.parts for sentence in part.disagrees]
+    if disagreements:
+        say("where papers and codes disagree", "bold", indent=2)
+        for sentence in disagreements:
+            say(sentence, indent=4)
+        say("")
     for name in protocols:
         say(PROTOCOL_TITLES[name], indent=2)
     say("")

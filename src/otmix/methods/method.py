@@ -283,5 +283,8 @@ def mixer_part(name: str) -> Part:
     if not rest:
         return pairing
     return Part(
-        f"{pairing.title} ({pixels.title})", f"{pairing.paper}; {pixels.paper}", f"{pairing.changes}, by {pixels.title}"
+        f"{pairing.title} ({pixels.title})",
+        f"{pairing.paper}; {pixels.paper}",
+        f"{pairing.changes}, by {pixels.title}",
+        (*pairing.disagrees, *pixels.disagrees),
     )
