@@ -276,6 +276,7 @@ def test_methods_lists_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  ride- " in printed
     assert "  bbn- " in printed
     assert all(f"{alias} = {name}" in printed for alias, name in ALIASES.items())
+    assert "ride-drw = ride-ce-drw" in printed
 
 
 @pytest.mark.parametrize("name", ["erm", "cmo", "otmix", "ce-drw+otmix"])

@@ -19,6 +19,7 @@ def test_every_method_is_found_by_its_name() -> None:
     for method in methods:
         assert parse_method(method.name) == method
         assert parse_method(method.name.upper()) == method
+        assert parse_method(method.title) == method
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,12 @@ def test_every_method_is_found_by_its_name() -> None:
         ("bbn", "bbn-ce", "BBN"),
         ("bayias+unimix", "bayias+unimix", "Bayias + UniMix"),
         ("ce-cbs", "ce-cbs", "ERM-CBS"),
+        ("BALMS + OTmix", "balanced-softmax+otmix", "BALMS + OTmix"),
+        (" erm-DRW  +otmix ", "ce-drw+otmix", "ERM-DRW + OTmix"),
+        ("LDAM-DRW+OTmix", "ldam-drw+otmix", "LDAM-DRW + OTmix"),
+        ("CB Softmax", "cb-softmax", "CB Softmax"),
+        ("ride (balms) + OTmix (Mixup)", "ride-balanced-softmax+otmix-mixup", "RIDE (BALMS) + OTmix (Mixup)"),
+        ("ride-drw", "ride-ce-drw", "RIDE (ERM-DRW)"),
     ],
 )
 def test_aliases(alias: str, name: str, title: str) -> None:

@@ -2,19 +2,21 @@
 
 `ce+otmix` is canonical in files and keys; `otmix` is one of its aliases. The titles are how the paper's tables print
 them. A mixer is a pixel rule, within the batch (`mixup`), or after `cmo-`, `otmix-` and `confusion-` with foregrounds
-of the second stream (`otmix-mixup`); `cmo`, `otmix` and `confusion` alone mean CutMix.
+of the second stream (`otmix-mixup`); `cmo`, `otmix` and `confusion` alone mean CutMix. Titles are names too.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING
 
 from otmix.errors import UserError
-from otmix.methods.method import Method
-from otmix.methods.parts import ALIASES, ARCHITECTURE_PARTS, PAIRINGS, REBALANCING_PARTS
+from otmix.methods.method import Method, loss_part, mixer_part
+from otmix.methods.parts import ALIASES, ARCHITECTURE_PARTS, PAIRINGS, REBALANCING_PARTS, Part
 from otmix.protocols import PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
@@ -38,16 +40,29 @@ def known_mixers() -> list[str]:
 
 def _canonical_mixer(mixer: str) -> str:
     """`otmix` for `otmix-cutmix`."""
+    mixer = _named(mixer, known_mixers(), mixer_part)
     return mixer.removesuffix("-cutmix") if mixer.partition("-")[0] in PAIRINGS else mixer
+
+
+def _spelt(title: str) -> str:
+    """A title as the grammar has it: `erm-drw+otmix-mixup` for "ERM-DRW + OTmix (Mixup)"."""
+    plain = re.sub(r"\s*\(([^()]*)\)", r"-\1", title.strip().lower())
+    return re.sub(r"\s+", "-", re.sub(r"\s*([+-])\s*", r"\1", plain))
+
+
+def _named(text: str, names: Iterable[str], part: Callable[[str], Part]) -> str:
+    """The one of `names` that is `text`, or whose title it is; `text` where none or several are."""
+    titled = [] if text in names else [name for name in names if _spelt(part(name).title) == text]
+    return titled[0] if len(titled) == 1 else text
 
 
 def parse_method(name: str) -> Method:
     """`[architecture-]loss[-rebalancing][+mixer]`, or an alias, e.g. `erm`, `cmo`, `drw+otmix`, `ride` (the loss is
-    `ce` where none is given).
+    `ce` where none is given: `ride-drw` is `ride-ce-drw`), or a title such as `BALMS + OTmix`.
 
     Raises UserError with the nearest names, and for what does not go together.
     """
-    text = name.strip().lower()
+    text = _spelt(name)
     if _canonical_mixer(text) in known_mixers():
         text = f"ce+{text}"
     left, plus, mixer = ALIASES.get(text, text).partition("+")
@@ -63,6 +78,7 @@ def parse_method(name: str) -> Method:
     loss, _, last = left.rpartition("-")
     rebalancing = last if loss and last in REBALANCING_PARTS and left not in known_losses() else None
     loss = ALIASES.get(loss, loss) if rebalancing else left
+    loss = _named(loss, known_losses(), loss_part)
     mixer = _canonical_mixer(mixer)
     if loss not in known_losses() or (plus and mixer not in known_mixers()):
         raise _unknown(name)
