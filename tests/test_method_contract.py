@@ -12,7 +12,7 @@ import torch
 from otmix.cli import main
 from otmix.errors import UserError
 from otmix.losses import LOSSES, Criterion, register_loss
-from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, parse_method
+from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, loss_part, parse_method
 from otmix.methods.parts import REBALANCING_DEFAULTS
 from otmix.mixing import PIXEL_RULES
 from otmix.protocols import PROTOCOLS, Overrides
@@ -161,6 +161,39 @@ class Halves:
         assert "mixer.share  0.5" in capsys.readouterr().out
     finally:
         PIXEL_RULES.pop("halves", None)
+
+
+def test_a_part_of_ones_own_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By attributes that it need not have; its title is a name."""
+
+    class Own(Hidden):
+        title, paper, changes = "Prior Shift (v2)", "Doe et al., 2026", "the logits"
+        disagrees = ("Doe's paper has 3, the code 5.",)
+
+    class Rule(PIXEL_RULES["mixup"]):  # type: ignore[misc]
+        title, paper = "Half and Half", "Roe et al., 2026"
+
+    monkeypatch.setitem(LOSSES, "own", Own)
+    monkeypatch.setitem(PIXEL_RULES, "rule", Rule)
+    method = parse_method("own-drw+otmix-rule")
+    assert method.title == "Prior Shift (v2)-DRW + OTmix (Half and Half)"
+    assert parse_method(method.title) == method
+    assert parse_method("prior shift (v2)") == parse_method("own")
+    assert parse_method("Half and Half") == parse_method("ce+rule")
+    assert method.parts[-1].changes.endswith("by Half and Half")
+    assert main(["methods", "own+rule"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Prior Shift (v2) (Doe et al., 2026): the logits" in printed
+    assert "Half and Half (Roe et al., 2026): a pixel rule of one's own" in printed
+    assert "disagree Doe's paper has 3, the code 5. clean:" in printed
+
+    monkeypatch.setitem(LOSSES, "other", type("Other", (Own,), {}))
+    with pytest.raises(UserError, match="no method named"):  # two have this title
+        parse_method("prior shift (v2)")
+    monkeypatch.setitem(LOSSES, "plain", Hidden)
+    assert (loss_part("plain").title, loss_part("plain").paper) == ("plain", "registered from outside")
 
 
 def test_the_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

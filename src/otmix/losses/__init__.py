@@ -38,7 +38,8 @@ _C = TypeVar("_C", bound=type[Criterion])
 
 
 def register_loss(name: str) -> Callable[[_C], _C]:
-    """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …).
+    """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …). Its
+    attributes `title`, `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
 
     Raises UserError for a name that is taken, or that would mean something else in a method's name.
     """

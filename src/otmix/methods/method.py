@@ -270,21 +270,43 @@ def _rebalancing(name: str | None) -> tuple[Callable[..., Any], ...]:
 
 def loss_part(name: str) -> Part:
     """What listings say of a loss."""
-    return LOSS_PARTS.get(name) or Part(name, "registered from outside", "a loss of one's own")
+    if name in LOSS_PARTS:
+        return LOSS_PARTS[name]
+    from otmix.losses import LOSSES
+
+    return _own_part(LOSSES.get(name), name, "a loss of one's own")
 
 
 def mixer_part(name: str) -> Part:
     """What listings say of a mixer: "OTmix (Mixup)" for otmix-mixup."""
     first, _, rest = name.partition("-")
-    pixels = PIXEL_PARTS.get(rest or name) or Part(rest or name, "registered from outside", "a pixel rule of one's own")
     if first not in PAIRINGS:
-        return pixels
+        return _pixel_part(name)
     pairing = PAIRING_PARTS[first]
     if not rest:
         return pairing
+    pixels = _pixel_part(rest)
     return Part(
         f"{pairing.title} ({pixels.title})",
         f"{pairing.paper}; {pixels.paper}",
         f"{pairing.changes}, by {pixels.title}",
         (*pairing.disagrees, *pixels.disagrees),
+    )
+
+
+def _pixel_part(name: str) -> Part:
+    if name in PIXEL_PARTS:
+        return PIXEL_PARTS[name]
+    from otmix.mixing import PIXEL_RULES
+
+    return _own_part(PIXEL_RULES.get(name), name, "a pixel rule of one's own")
+
+
+def _own_part(of: object, name: str, changes: str) -> Part:
+    """What a class says of itself, by attributes that it need not have."""
+    return Part(
+        getattr(of, "title", name),
+        getattr(of, "paper", "registered from outside"),
+        getattr(of, "changes", changes),
+        getattr(of, "disagrees", ()),
     )

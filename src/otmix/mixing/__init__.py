@@ -62,7 +62,8 @@ _M = TypeVar("_M", bound=type[Mixer])
 
 
 def register_mixer(name: str) -> Callable[[_M], _M]:
-    """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …).
+    """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …). Its attributes `title`,
+    `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
 
     Raises UserError for a name that is taken or is not made of lower-case letters, digits and `_`, and for a class
     that lacks `draw` or `apply`.
