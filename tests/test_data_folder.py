@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset, require_readable
+from otmix.data.folder import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIZE
 from otmix.errors import UserError
+from otmix.models import default_backbone, timm_data_config
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (12, 10)) -> None:
@@ -162,6 +164,65 @@ def test_image_size_follows_the_images(tmp_path: Path) -> None:
     assert load(tmp_path / "large", image_size=32).small
     with pytest.raises(UserError, match="--image-size"):
         load(tmp_path / "small", image_size=3)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    put(tmp_path / "large", *numbered("a", 3), *numbered("b", 3), size=(90, 70))
+    return tmp_path / "large"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mean"),
+    [
+        ("vit_tiny_patch16_384", 384, (0.5, 0.5, 0.5)),
+        ("inception_v3", 299, (0.5, 0.5, 0.5)),
+        ("efficientnet_b3", 288, IMAGENET_MEAN),
+        ("resnet18.a1_in1k", 224, IMAGENET_MEAN),
+    ],
+)
+def test_large_images_get_the_size_and_normalisation_of_their_timm_backbone(
+    name: str, size: int, mean: tuple[float, ...], large: Path
+) -> None:
+    data = load(large, backbone=f"timm/{name}")
+    assert (data.image_size, data.mean) == (size, mean)
+    assert data.std == timm_data_config(f"timm/{name}").std
+    given = load(large, backbone=f"timm/{name}", image_size=128)
+    assert (given.image_size, given.mean, given.std) == (128, data.mean, data.std)
+
+
+def test_the_default_for_large_images_is_that_of_the_default_backbone(large: Path) -> None:
+    data = load(large)
+    assert (data.image_size, data.mean, data.std) == (LARGE_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    assert (data.image_size, data.mean, data.std) == timm_data_config(default_backbone(data.image_size))
+
+
+def test_grey_images_get_the_average_of_the_normalisation(large: Path) -> None:
+    data = load(large, backbone="timm/efficientnet_b3", channels=1)
+    assert data.mean == pytest.approx((0.449,))
+    assert data.std == pytest.approx((0.226,))
+
+
+def test_small_images_keep_their_size_where_the_timm_backbone_takes_it(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("a", 3), *numbered("b", 3), size=(40, 48))
+    for name in ("resnet18", "vit_tiny_patch16_384"):
+        data = load(tmp_path, backbone=f"timm/{name}")
+        assert (data.image_size, data.mean) == (40, timm_data_config(f"timm/{name}").mean)
+    data = load(tmp_path, backbone="timm/inception_v3")  # four halvings and a window of 3 leave nothing of them
+    assert data.image_size == 299
+    assert "enlarged from 40 to 299 pixels" in data.notes[-1]
+    with pytest.raises(UserError, match=r"inception_v3 cannot take images of 64 x 64 pixels; pass --image-size 299"):
+        load(tmp_path, backbone="timm/inception_v3", image_size=64)
+
+
+def test_other_data_keep_their_own_normalisation() -> None:
+    plain, data = load_dataset("digits"), load_dataset("digits", backbone="timm/resnet18")
+    assert (data.image_size, data.mean, data.std) == (8, plain.mean, plain.std)
+
+
+def test_a_backbone_that_timm_does_not_know_is_named(large: Path) -> None:
+    with pytest.raises(UserError, match="no backbone called timm/resnet19"):
+        load(large, backbone="timm/resnet19")
 
 
 def test_grey_on_request(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.data import FileSource, load_dataset, open_store
 from otmix.errors import UserError
@@ -30,6 +31,7 @@ from otmix.inference import (
     write_jsonl,
 )
 from otmix.training import open_run, train
+from otmix.training.setup import load_data
 from otmix.types import Items
 
 CLASSES = ("ant", "bee", "cat")
@@ -120,6 +122,37 @@ def test_other_data_are_refused_and_moved_data_are_found(run: Path, images: Path
     with pytest.raises(UserError, match="no longer those of the run") as caught:
         evaluate_run(run, root=str(moved), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_all_commands_see_images_as_their_timm_backbone_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """test_vit is 160 pixels large, with a mean of a half."""
+    write_images(tmp_path / "images", 5, 0, sides=(80, 100, 120))
+    argv = ["--data", "folder", "--root", str(tmp_path / "images"), "--backbone", "timm/test_vit"]
+    assert main(["data", *argv]) == 0
+    assert "160 x 160 pixels" in capsys.readouterr().out
+    out, more = tmp_path / "run", ["--no-pretrained", "--method", "erm", "--epochs", "1", "--accelerator", "cpu"]
+    assert main(["train", *argv, *more, "--out", str(out)]) == 0
+    run = open_run(out)
+    assert (run.config.image_size, run.image_size, run.data["mean"], run.data["std"]) == (
+        160,
+        160,
+        [0.5] * 3,
+        [0.5] * 3,
+    )
+    assert run.model.normalise.mean.flatten().tolist() == [0.5] * 3
+    (out / "result.json").unlink()
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert evaluate_run(out, device="cpu") == {"split": "test", **open_run(out).result["evaluation"]}
+    with np.load(out / "predictions.npz") as saved:
+        expected = torch.from_numpy(saved["probabilities"]).float().max(1).values
+    dataset = load_data(run.config)
+    assert isinstance(dataset.test, FileSource)
+    files = [dataset.test.root / path for path in dataset.test.paths]
+    found = torch.tensor([one.probability for one in predict_paths(out, files, batch_size=512, device="cpu")])
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert main(["preview", "--run", str(out), "--out", str(tmp_path / "mixes.png")]) == 0
 
 
 def test_a_split_that_is_not_there_is_named(run: Path) -> None:

@@ -17,6 +17,7 @@ from otmix.models import timm_backbone as timm_backbone_module
 from otmix.models.classifier import Classifier
 from otmix.models.heads import NormedHead, SigmoidHead
 from otmix.models.resnet_cifar import BasicBlock, CifarResNet
+from otmix.models.timm_backbone import takes_images
 
 RGB = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 TIMM = "timm/test_resnet"
@@ -251,6 +252,16 @@ def test_timm_data_config_is_the_models_own() -> None:
     assert timm_data_config("timm/resnet18.a1_in1k").mean == pytest.approx((0.485, 0.456, 0.406))
     with pytest.raises(UserError, match="no backbone called timm/nothing"):
         timm_data_config("timm/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "takes"),
+    [("vit_tiny_patch16_224", 32, True), ("vit_tiny_patch16_224", 8, False), ("xcit_nano_12_p16_224", 40, False)],
+)
+def test_whether_a_timm_model_takes_images_of_a_size(name: str, size: int, takes: bool) -> None:
+    before = torch.get_rng_state()
+    assert takes_images(f"timm/{name}", 3, size) is takes
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.fixture

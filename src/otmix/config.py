@@ -35,7 +35,8 @@ class RunConfig:
         validation_per_class: take this many validation images per class out of the training images (CIFAR: unused ones
             first).
         test_fraction: share of each class held out for testing when a folder has no test split.
-        image_size: side of the square image the model sees, in pixels.
+        image_size: side of the square image the model sees, in pixels (default: that of small images; for larger ones
+            that of the timm backbone).
         on_bad_image: stop at a broken image, or skip it and list it.
         download: may CIFAR be downloaded.
         method: `[ride-|bbn-]loss[-drw|-drs|-cbs|-srs][+mixer]`; see `otmix methods`.

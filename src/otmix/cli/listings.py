@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from otmix.data import ImageDataset
     from otmix.methods import Method
 
-DATA = Only((*GROUPS["data"], "seed"))
+DATA = Only((*GROUPS["data"], "backbone", "seed"))
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _MOST_CLASSES = 200
@@ -31,6 +31,7 @@ def data(config: Annotated[RunConfig, DATA]) -> int:
     Examples:
         otmix data --data folder --root photos
         otmix data --data cifar100 --imbalance 50
+        otmix data --data folder --root photos --backbone timm/vit_tiny_patch16_384
     """
     from otmix.display import shown_reading, stdout_console
     from otmix.training.setup import load_data

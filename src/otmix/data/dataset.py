@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 
 from otmix.data.decoding import GLANCE, Progress, find_unreadable, in_threads
-from otmix.data.folder import choose_image_size, load_folder
+from otmix.data.folder import LARGE_SIZE, choose_image_size, load_folder
 from otmix.data.longtail import choose_subset, split_by_class
 from otmix.data.resizing import SMALL
-from otmix.data.sources import ArraySource, FileSource, ImageSource, RawData
+from otmix.data.sources import ArraySource, FileSource, ImageSource, RawData, average_channels
 from otmix.errors import UserError
+from otmix.models.timm_backbone import PREFIX, takes_images, timm_data_config
 from otmix.types import ClassCounts
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
@@ -99,6 +100,7 @@ def load_dataset(
     on_bad_image: Literal["error", "skip"] = "error",
     download: bool = True,
     channels: int | None = None,
+    backbone: str | None = None,
     progress: Progress | None = None,
 ) -> ImageDataset:
     """The data called `data`, made long-tailed as in the literature (`choose_subset`); the test split is never thinned.
@@ -108,20 +110,22 @@ def load_dataset(
     `validation_per_class` images of each class are set apart before thinning; by default 1,000 for CIFAR where
     `max_per_class` leaves them unused, else none. `test_fraction` of each class of a folder without a test split is
     held out. `seed` chooses these subsets (0: the literature's) and is not meant to vary between runs that are
-    compared. `on_bad_image="skip"` decodes every file once and leaves out the broken ones. Raises UserError for what
-    the user can mend.
+    compared. `on_bad_image="skip"` decodes every file once and leaves out the broken ones. `backbone`, where it is
+    "timm/NAME", gives a folder its own normalisation and, unless the images are small and it takes them so, its own
+    size; without it these are ImageNet's and 224. Raises UserError for what the user can mend.
     """
     if on_bad_image not in ("error", "skip"):
         raise UserError(f"--on-bad-image {on_bad_image} is unknown; give error or skip")
+    timm = backbone if backbone is not None and backbone.startswith(PREFIX) else None
     raw = _load_raw(data, root, channels, download)
+    if timm is not None and data == "folder":  # the statistics of other data are their own
+        own = timm_data_config(timm)
+        mean, std = average_channels(own.mean, raw.channels), average_channels(own.std, raw.channels)
+        raw = replace(raw, mean=mean, std=std)
     if on_bad_image == "skip":
         raw = _without_unreadable(raw, progress)
     raw = _with_test_split(raw, test_fraction, seed)
-    size = image_size if image_size is not None else raw.image_size
-    if size is None:
-        size = choose_image_size(raw.train) if isinstance(raw.train, FileSource) else min(raw.train.read(0).shape[1:])
-    if size < _SMALLEST:
-        raise UserError(f"images of {size} x {size} pixels are too small; pass --image-size {_SMALLEST} or more")
+    raw, size = _with_size(raw, image_size, timm)
     raw = _with_subset(raw, data, imbalance, max_per_class, validation_per_class, seed)
     return ImageDataset(
         raw.name,
@@ -195,6 +199,23 @@ def _with_test_split(raw: RawData, fraction: float, seed: int) -> RawData:
     share = f"{fraction:.3g} of each class ({len(held):,} of {len(raw.train):,} images)"
     note = f"{share}, drawn with seed {seed}, is the test split."
     return replace(raw, train=raw.train.select(kept), test=raw.train.select(held), notes=(*raw.notes, note))
+
+
+def _with_size(raw: RawData, asked: int | None, timm: str | None) -> tuple[RawData, int]:
+    """And the side the model sees: as asked for; that of small images, if `timm` takes it; else `timm`'s own."""
+    large = LARGE_SIZE if timm is None else timm_data_config(timm).image_size
+    size = asked if asked is not None else raw.image_size
+    if size is None:
+        train = raw.train
+        size = choose_image_size(train, large) if isinstance(train, FileSource) else min(train.read(0).shape[1:])
+    if size < _SMALLEST:
+        raise UserError(f"images of {size} x {size} pixels are too small; pass --image-size {_SMALLEST} or more")
+    if timm is None or size == large or takes_images(timm, raw.channels, size):
+        return raw, size
+    if asked is not None:
+        raise UserError(f"{timm} cannot take images of {size} x {size} pixels; pass --image-size {large}, its own size")
+    note = f"The images are enlarged from {size} to {large} pixels a side, because {timm} cannot take them as they are."
+    return replace(raw, notes=(*raw.notes, note)), large
 
 
 def _with_subset(

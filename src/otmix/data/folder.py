@@ -68,13 +68,13 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     return _raw(root, channels, train, validation, test, notes)
 
 
-def choose_image_size(source: FileSource, sample: int = 512) -> int:
-    """The median shorter side where that is small (<= 64 px), else 224; from `sample` files' headers."""
+def choose_image_size(source: FileSource, large: int = LARGE_SIZE, sample: int = 512) -> int:
+    """The median shorter side where that is small (<= 64 px), else `large`; from `sample` files' headers."""
     step = max(1, len(source) // sample)
     sizes = [size_of(source.root / path) for path in source.paths[::step][:sample]]
     sides = [min(size) for size in sizes if size is not None]
-    size = round(median(sides)) if sides else LARGE_SIZE
-    return size if size <= SMALL else LARGE_SIZE
+    size = round(median(sides)) if sides else large
+    return size if size <= SMALL else large
 
 
 def visible_folders(folder: Path) -> list[Path]:

@@ -37,6 +37,25 @@ def timm_data_config(name: str) -> TimmDataConfig:
     return TimmDataConfig(int(config.input_size[-1]), tuple(config.mean), tuple(config.std))
 
 
+def takes_images(name: str, channels: int, image_size: int) -> bool:
+    """Whether the timm model `name` can be built for images of this size and takes them; nothing is downloaded.
+
+    Two are passed through it on the meta device, where nothing is computed, or else on the CPU: a few models do there
+    what the meta device cannot.
+    """
+
+    def passes(device: str) -> bool:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+                model, _ = timm_backbone(name, channels=channels, image_size=image_size)
+                model.eval()(torch.zeros(2, channels, image_size, image_size))
+        except (RuntimeError, AssertionError, IndexError, ValueError):
+            return False
+        return True
+
+    return passes("meta") or passes("cpu")
+
+
 def timm_backbone(
     name: str, *, channels: int, image_size: int, pretrained: bool = False, weights: WeightsFile | None = None
 ) -> tuple[nn.Module, int]:

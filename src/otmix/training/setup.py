@@ -72,6 +72,7 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
         seed=0,  # split and subset are the same for all seeds of training, so that runs can be compared in pairs
         on_bad_image=config.on_bad_image,
         download=config.download,
+        backbone=config.backbone,
         progress=progress,
     )
 
