@@ -398,6 +398,8 @@ def test_open_run_wants_a_finished_run(stopped: Path, reference: Path, tmp_path:
         ),
         ({"accelerator": "cuda"}, "cuda"),
         ({"accelerator": "mps"}, "mps"),
+        ({"precision": "16-mixed"}, "bf16-mixed"),
+        ({"precision": "16-mixed", "devices": 2}, "bf16-mixed"),
         ({"accelerator": "cuda", "devices": 2}, "cuda"),
         ({"method": "otmx"}, "otmix"),
         ({"method": "erm+"}, "erm+"),

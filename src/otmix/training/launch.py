@@ -51,7 +51,7 @@ def make_fabric(config: RunConfig) -> Fabric:
         outside = TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or config.num_nodes > 1
         strategy = "auto" if not several else "ddp" if outside else "ddp_spawn"
         try:
-            return Fabric(
+            fabric = Fabric(
                 accelerator=config.accelerator,
                 devices=config.devices,
                 num_nodes=config.num_nodes,
@@ -63,6 +63,11 @@ def make_fabric(config: RunConfig) -> Fabric:
                 f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
                 f"{config.precision}: {str(error).partition('. ')[0].rstrip('.')}; choose --accelerator auto"
             ) from error
+    computed = fabric.strategy.precision.precision
+    if computed != config.precision:  # Lightning replaces what a device cannot do, with no more than a warning
+        where = "a CPU" if fabric.device.type == "cpu" else fabric.device.type
+        raise UserError(f"--precision {config.precision} does not exist on {where}; choose --precision {computed}")
+    return fabric
 
 
 @contextmanager
