@@ -467,12 +467,19 @@ def _broken_test(folder: Path) -> Path:
     return path
 
 
+def _dangling(folder: Path) -> Path:
+    path = folder / "train" / "b" / "1.png"
+    path.unlink()
+    path.symlink_to(folder / "nowhere.png")
+    return path
+
+
 def _class_only_in_test(folder: Path) -> Path:
     shutil.copytree(folder / "test" / "a", folder / "test" / "d")
     return folder / "test"
 
 
-PROBLEMS = [_no_images, _one_class, _no_folder, _empty_folder, _broken, _broken_test, _class_only_in_test]
+PROBLEMS = [_no_images, _one_class, _no_folder, _empty_folder, _broken, _broken_test, _dangling, _class_only_in_test]
 
 
 @pytest.mark.parametrize("spoil", PROBLEMS)
@@ -496,3 +503,15 @@ def test_broken_images_can_be_left_out(server: Server, folder: Path, tmp_path: P
     assert run.result["evaluation"]["n"] == 11
     note = next(note for note in run.data["notes"] if "left out: 2" in note)
     assert all(path.name in note for path in broken)
+
+
+def test_a_link_to_nowhere_can_be_left_out(server: Server, folder: Path, tmp_path: Path) -> None:
+    config = {**BASE, "data": "folder", "root": str(folder), "backbone": "resnet8", "max_per_class": None}
+    config |= {"batch_size": 4, "out": str(tmp_path / "run"), "epochs": 1}
+    path = _dangling(folder)
+    text = one_sentence(server.run(config))
+    assert (
+        text == f"{path} cannot be read as an image (No such file or directory); delete it or pass --on-bad-image skip"
+    )
+    assert not (tmp_path / "run").exists()
+    assert server.run({**config, "on_bad_image": "skip"}).kind == "done"

@@ -48,10 +48,13 @@ def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> 
             pixels = _pixels(_upright(image), channels, at_least)
     except (*_BROKEN, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
-        raise UserError(
-            f"{path} cannot be read as an image ({reason}); delete it or pass --on-bad-image skip"
-        ) from error
+        raise unreadable(path, reason) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def unreadable(path: str | Path, reason: str | None) -> UserError:
+    """The error for an image file that cannot be read, and why."""
+    return UserError(f"{path} cannot be read as an image ({reason}); delete it or pass --on-bad-image skip")
 
 
 def _upright(image: Image) -> Image:

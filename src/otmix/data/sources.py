@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from otmix.data.decoding import decode, size_of
+from otmix.data.decoding import decode, size_of, unreadable
 from otmix.errors import UserError
 from otmix.types import Items
 
@@ -39,7 +39,8 @@ class ImageSource(Protocol):
         ...
 
     def stamp(self, index: int) -> bytes:
-        """Something cheap that changes when the image does, for the fingerprint."""
+        """Something cheap that changes when the image does, for the fingerprint. Raises UserError that names a file
+        that is not there."""
         ...
 
     def select(self, indices: Tensor) -> Self:
@@ -120,7 +121,11 @@ class FileSource:
         return self.paths[index]
 
     def stamp(self, index: int) -> bytes:
-        return str((self.root / self.paths[index]).stat().st_size).encode()
+        path = self.root / self.paths[index]
+        try:
+            return str(path.stat().st_size).encode()
+        except OSError as error:  # a link to nowhere, or deleted since the folder was listed
+            raise unreadable(path, error.strerror) from error
 
     def select(self, indices: Tensor) -> FileSource:
         paths = tuple(self.paths[i] for i in indices.tolist())
