@@ -114,6 +114,18 @@ def test_predict_writes_all_or_nothing(run: Path, pictures: Path, tmp_path: Path
     assert len(out.read_text("utf-8").splitlines()) == 1 + 3
 
 
+def test_out_below_a_file_is_refused(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image.png").write_text("mine")
+    for out in (tmp_path / "image.png" / "x", tmp_path / "image.png" / "x" / "y"):
+        for argv in (["predict", str(run), str(pictures)], ["preview", "--run", str(run)]):
+            assert main([*argv, "--out", str(out)]) == 2
+            said = f"otmix: cannot write {out}: Not a directory; choose another folder with --out\n"
+            assert capsys.readouterr().err.endswith(said)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_preview_of_a_run_and_without_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 

@@ -248,6 +248,14 @@ def test_mistakes_are_one_sentence_before_anything_is_trained(
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_below_a_file_are_refused(jobs: int, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; choose another folder with --runs"):
+        compare(BASE, ["erm", "cmo"], seeds=1, jobs=jobs, runs=tmp_path / "notes" / "runs")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_rows_hold_one_value_per_seed(tmp_path: Path, trainer: Trainer) -> None:
     (row,) = run(tmp_path, ["erm"]).rows
     assert row["title"] == "ERM"

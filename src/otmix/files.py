@@ -15,10 +15,10 @@ from otmix.errors import UserError
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
 
-    Killed at any moment, `path` is the old file or the new one. Raises UserError when the disk is full; the old file
-    stays.
+    Killed at any moment, `path` is the old file or the new one. Raises UserError when the disk is full or the folder
+    cannot be written; the old file stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -28,21 +28,35 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)  # noqa: PTH105 (the tests stop the process on either side of this call)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
         if (
             isinstance(error, RuntimeError)
             and "PytorchStreamWriter" not in str(error)
             and "unexpected pos" not in str(error)
         ):
             raise
-        raise UserError(
-            f"the disk is full, so {path} was not written; what was there before is kept: free some space, then go on "
-            "with --resume"
-        ) from error
+        raise _unwritten(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_folder_of(path: Path, flag: str = "--out") -> None:
+    """Make the folder of `path`, which `flag` names. Raises UserError where there can be none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(path, error, flag) from error
+
+
+def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -> UserError:
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # "File exists" is what mkdir says of a file in the place of a folder
+        reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+        return UserError(f"cannot write {path}: {reason}; choose another folder with {flag}")
+    return UserError(
+        f"the disk is full, so {path} was not written; what was there before is kept: free some space, then go on "
+        "with --resume"
+    )
 
 
 def remove_temporaries(folder: Path) -> None:

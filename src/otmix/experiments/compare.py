@@ -16,7 +16,7 @@ from otmix.errors import UserError
 from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
-from otmix.files import read_json
+from otmix.files import make_folder_of, read_json
 from otmix.methods import Method, parse_method
 from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
@@ -68,6 +68,7 @@ def compare(
     outcomes = {key: _reused(*key, config) for key, config in configs.items() if training.is_finished(_run_dir(config))}
     missing = {key: config for key, config in configs.items() if key not in outcomes}
     reporter.message(_plan_in_words(chosen, seeds, len(outcomes), len(missing)))
+    make_folder_of(folder / "comparison.json", "--runs")
     try:
         _train_missing(missing, outcomes, jobs, imports, reporter)
     except (KeyboardInterrupt, training.Interrupted):
