@@ -208,6 +208,14 @@ BAD = {
         ["compare", "erm", "cmo", "--set.omega", "0.1"],
         "changes nothing for ce, ce+cmo",
     ),
+    "setting of a part that is no YAML": (
+        ["train", "--method", "focal", "--set.loss.gamma", "[1"],
+        "--set.loss.gamma must be a plain value, it is [1",
+    ),
+    "setting of a part that is no date": (
+        ["train", "--method", "focal", "--set.loss.gamma", "2020-99-99"],
+        "--set.loss.gamma must be a plain value, it is 2020-99-99",
+    ),
     "no file to import": (
         ["train", "--import", "nowhere.py"],
         "--import needs a Python file, there is none at nowhere",
@@ -230,6 +238,45 @@ def test_bad_input(
     assert said in captured.err
     assert captured.err.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+BAD_IMPORTS = {
+    "no Python": ("import torch\n\ndef (:\n", "line 3: SyntaxError: invalid syntax"),
+    "no text": ("\0", "SyntaxError: source code"),
+    "an import that fails": ("import torch\nimport nothing_of_the_kind\n", "line 2: ModuleNotFoundError: No module"),
+    "a name that is not there": (
+        "from otmix.losses import Nothing\n",
+        "line 1: ImportError: cannot import name 'Nothing'",
+    ),
+    "a file that is not there": ("x = 1\nopen('nowhere.txt')\n", "line 2: FileNotFoundError: "),
+    "an error further down": ("def f():\n    return 1 / 0\n\nf()\n", "line 2: ZeroDivisionError: division by zero"),
+    "an error elsewhere": ("import json\njson.loads('')\n", "line 2: JSONDecodeError: Expecting value"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_IMPORTS.values(), ids=BAD_IMPORTS.keys())
+@pytest.mark.parametrize("command", ["train", "methods"])
+def test_bad_import(
+    command: str,
+    text: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "of_my_own.py"
+    file.write_text(text)
+    for _ in range(2):  # what failed is not taken for what is loaded
+        assert main([command, "--import", str(file)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"otmix: --import {file} fails")
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
+    monkeypatch.setenv("OTMIX_DEBUG", "1")
+    with pytest.raises(UserError) as caught:
+        main([command, "--import", str(file)])
+    assert type(caught.value.__cause__).__name__ in said
 
 
 BAD_FILES = {

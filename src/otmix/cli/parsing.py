@@ -163,7 +163,15 @@ def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
     """Texts as the values that YAML takes them for; their settings' types are known with the method."""
     import yaml
 
-    return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in parts.items()}
+    values: dict[str, Any] = {}
+    for key, text in parts.items():
+        try:
+            values[key] = yaml.safe_load(text) if isinstance(text, str) else text
+        except (yaml.YAMLError, ValueError):
+            raise UserError(
+                f"--set.{key} must be a plain value, it is {text}; give a number, a name, true or false"
+            ) from None
+    return values
 
 
 def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:
