@@ -197,6 +197,7 @@ BAD = {
     "value of a switch": (["train", "--resume=yes"], "--resume takes no value"),
     "too small": (["train", "--epochs", "0"], "--epochs must be at least 1"),
     "out of range": (["train", "--warmup", "2"], "--warmup is the share"),
+    "negative": (["train", "--weight-decay", "-1"], "--weight-decay must be a finite number of at least 0, it is -1.0"),
     "setting out of range": (["train", "--set.epsilon", "0"], "epsilon must be positive"),
     "stray word": (["train", "photos"], "does not know what to do with photos"),
     "positional missing": (["evaluate"], "`otmix evaluate` needs RUN"),

@@ -224,11 +224,36 @@ def test_the_hash_knows_what_decides_the_result_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"epochs": 0}, {"batch_size": -1}, {"lr": float("nan")}, {"warmup": 1.0}, {"imbalance": 0.5}, {"image_size": 1}],
+    [
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"lr": float("nan")},
+        {"warmup": 1.0},
+        {"imbalance": 0.5},
+        {"imbalance": float("inf")},
+        {"image_size": 1},
+        {"weight_decay": -1.0},
+        {"weight_decay": float("inf")},
+        {"checkpoint_minutes": -1.0},
+        {"checkpoint_minutes": float("nan")},
+        {"validation_per_class": -1},
+        {"test_fraction": 0.0},
+        {"test_fraction": 1.0},
+        {"max_per_class": 0},
+        {"evaluate_every": 0},
+        {"devices": -1},
+        {"num_nodes": 0},
+        {"workers": -1},
+    ],
 )
 def test_impossible_configurations_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad)).replace("_", "-")):
         RunConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_the_extremes_are_allowed() -> None:
+    RunConfig(weight_decay=0.0, checkpoint_minutes=0.0, validation_per_class=0, imbalance=1.0, warmup=0.0, workers=0)
+    RunConfig(checkpoint_minutes=float("inf"))  # no checkpoint within an epoch
 
 
 def test_defaults_depend_on_the_data() -> None:

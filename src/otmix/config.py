@@ -114,6 +114,7 @@ class RunConfig:
             "num_nodes": 1,
             "workers": 0,
             "max_per_class": 1,
+            "validation_per_class": 0,
             "image_size": 4,
         }
         for name, low in at_least.items():
@@ -122,9 +123,15 @@ class RunConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr must be a positive number, it is {self.lr}")
+        if self.weight_decay is not None and not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise UserError(f"--weight-decay must be a finite number of at least 0, it is {self.weight_decay}")
+        if not self.checkpoint_minutes >= 0:
+            raise UserError(f"--checkpoint-minutes must be at least 0, it is {self.checkpoint_minutes}")
+        if not 0 < self.test_fraction < 1:
+            raise UserError(f"--test-fraction must lie between 0 and 1, it is {self.test_fraction}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise UserError(f"--warmup is the share of the run that warms up, in [0, 1); it is {self.warmup}")
-        if self.imbalance is not None and not self.imbalance >= 1:
+        if self.imbalance is not None and not (self.imbalance >= 1 and math.isfinite(self.imbalance)):
             raise UserError(
                 f"--imbalance is the ratio of the largest class to the smallest, 1 or more; it is {self.imbalance}"
             )
