@@ -170,6 +170,12 @@ def test_other_settings_are_other_runs(tmp_path: Path, trainer: Trainer) -> None
     assert trainer.trained == [("ce", 0), ("ce", 0)]  # the number of workers changes no result
 
 
+def test_other_folders_of_images_are_other_runs(tmp_path: Path, trainer: Trainer) -> None:
+    for root in ("photos", "drawings", "photos"):
+        run(tmp_path, ["erm"], seeds=1, base=replace(BASE, data="folder", root=root))
+    assert trainer.trained == [("ce", 0), ("ce", 0)]
+
+
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path, trainer: Trainer) -> None:
     run_dir = run(tmp_path, ["erm"], seeds=1).outcomes[0].run_dir
     values = yaml.safe_load((run_dir / "config.yaml").read_text())

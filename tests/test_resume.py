@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.training import train
+from otmix.training.records import read_config
 from run_server import Outcome, Server
 
 TINY = {
@@ -331,7 +333,9 @@ def test_without_resume_a_begun_run_is_left_alone(server: Server, stopped: Path)
     assert contents(stopped) == before
 
 
-def test_other_data_is_refused(server: Server, tmp_path: Path) -> None:
+@pytest.fixture
+def on_a_folder(tmp_path: Path) -> dict[str, Any]:
+    """The configuration of a run on a folder of images, `data`."""
     from PIL import Image
 
     for split in ("train", "test"):
@@ -340,8 +344,7 @@ def test_other_data_is_refused(server: Server, tmp_path: Path) -> None:
             for i in range(5):
                 pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
-    run_dir = tmp_path / "run"
-    config = {
+    return {
         "data": "folder",
         "root": str(tmp_path / "data"),
         "backbone": "resnet8",
@@ -350,8 +353,12 @@ def test_other_data_is_refused(server: Server, tmp_path: Path) -> None:
         "batch_size": 4,
         "accelerator": "cpu",
         "resume": True,
-        "out": str(run_dir),
+        "out": str(tmp_path / "run"),
     }
+
+
+def test_other_data_is_refused(server: Server, on_a_folder: dict[str, Any], tmp_path: Path) -> None:
+    config, run_dir = on_a_folder, tmp_path / "run"
     assert server.run(config, event="step", count=4, signal=signal.SIGINT).kind == "Interrupted"
     before = contents(run_dir)
     changed = tmp_path / "data" / "train" / "a" / "0.png"
@@ -363,3 +370,38 @@ def test_other_data_is_refused(server: Server, tmp_path: Path) -> None:
     assert contents(run_dir) == before
     changed.write_bytes(kept)
     assert server.run(config).kind == "done"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_data_may_have_moved(finished: bool, server: Server, on_a_folder: dict[str, Any], tmp_path: Path) -> None:
+    config, run_dir, moved = on_a_folder, tmp_path / "run", tmp_path / "elsewhere" / "pictures"
+    assert server.run({**config, "out": str(tmp_path / "reference")}).kind == "done"
+    stopped = {} if finished else {"event": "step", "count": 4, "signal": signal.SIGINT}
+    assert server.run(config, **stopped).kind == ("done" if finished else "Interrupted")
+    moved.parent.mkdir()
+    (tmp_path / "data").rename(moved)
+    begun = contents(run_dir)
+    outcome = server.run(config)
+    assert outcome.kind == "UserError"
+    assert "does not exist" in outcome.text
+    assert contents(run_dir) == begun
+    assert main(["train", "--resume", "--out", str(run_dir), "--root", str(moved)]) == 0
+    for name in ("model.safetensors", "predictions.npz"):
+        assert (run_dir / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
+    recorded = read_config(tmp_path / "reference").to_dict() | {"root": str(moved), "out": str(run_dir)}
+    assert read_config(run_dir).to_dict() == recorded
+    assert main(["train", "--resume", "--out", str(run_dir)]) == 0  # it knows where they are now
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert main(["predict", str(run_dir), str(moved / "test")]) == 0
+
+
+def test_other_data_elsewhere_is_refused(server: Server, on_a_folder: dict[str, Any], tmp_path: Path) -> None:
+    config, run_dir = on_a_folder, tmp_path / "run"
+    assert server.run(config, event="step", count=4, signal=signal.SIGINT).kind == "Interrupted"
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    (tmp_path / "other" / "train" / "a" / "0.png").unlink()
+    before = contents(run_dir)
+    outcome = server.run({**config, "root": str(tmp_path / "other")})
+    assert outcome.kind == "UserError"
+    assert "data are no longer those" in outcome.text
+    assert contents(run_dir) == before

@@ -15,7 +15,8 @@ from otmix.protocols import Overrides, Protocol, ProtocolName
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed
+# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
+# may `root`, but two folders of images make two runs, which their names must tell apart
 NOT_IDENTITY = ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download")
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def write_records(
     write_json(run_dir / "data.json", data_record(dataset))
     write_json(run_dir / "environment.json", environment(device))
     write_json(run_dir / "settings.json", settings)
+    _write_config(run_dir, config)
+
+
+def record_root(run_dir: Path, root: str | None) -> None:
+    """Note where the data of a run are now, so that `--resume` and `evaluate` find them without being told again."""
+    config = read_config(run_dir)
+    if config.root != root:
+        _write_config(run_dir, replace(config, root=root))
+
+
+def _write_config(run_dir: Path, config: RunConfig) -> None:
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
 
 

@@ -23,7 +23,7 @@ from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, threads_for, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
-from otmix.training.records import data_record, read_config, read_settings, write_records
+from otmix.training.records import data_record, read_config, read_settings, record_root, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
@@ -124,6 +124,8 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
     main, dataset = fabric.global_rank == 0, plan.dataset
     if (run_dir / "config.yaml").exists():
         check_same_run(run_dir, plan)
+        if main:
+            record_root(run_dir, plan.config.root)
         if is_finished(run_dir):
             if main and not (run_dir / "report.html").exists():  # stopped between the result and its page
                 write_page(run_dir)
@@ -155,13 +157,15 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
 
 
 def check_same_run(run_dir: Path, plan: Plan) -> None:
-    """Raises UserError when the run in `run_dir` was begun with other settings or other data."""
+    """Raises UserError when the run in `run_dir` was begun with other settings or other data. Where the data are may
+    change, and what a folder of images is called: the hashes of their splits say whether they are the same.
+    """
     here = plan.config.identity_with(plan.settings)
     there = read_config(run_dir).identity_with(read_settings(run_dir))
     differences = [
         f"{key}: {here.get(key)} here, {there.get(key)} there"
         for key in here | there
-        if here.get(key) != there.get(key)
+        if key != "root" and here.get(key) != there.get(key)
     ]
     if differences:
         raise UserError(
@@ -169,7 +173,7 @@ def check_same_run(run_dir: Path, plan: Plan) -> None:
             "choose another folder with --out"
         )
     then, now = read_json(run_dir / "data.json"), data_record(plan.dataset)
-    changed = [key for key in now if key not in ("notes", "root") and now[key] != then.get(key)]
+    changed = [key for key in now if key not in ("notes", "name") and now[key] != then.get(key)]
     if changed:
         raise UserError(
             f"the data are no longer those that {run_dir} was begun with ({', '.join(changed)} changed); restore them, "
