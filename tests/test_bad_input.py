@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.errors import UserError
+from otmix.files import read_json
 from otmix.training import open_run, train
 from run_server import Outcome, Server
 from test_resume import assert_same, configuration, contents, place
@@ -503,6 +505,29 @@ def test_broken_images_can_be_left_out(server: Server, folder: Path, tmp_path: P
     assert run.result["evaluation"]["n"] == 11
     note = next(note for note in run.data["notes"] if "left out: 2" in note)
     assert all(path.name in note for path in broken)
+    assert list(run.data["left_out"]) == [path.relative_to(folder).as_posix() for path in broken]
+
+
+def test_all_images_that_are_left_out_are_recorded(
+    server: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = [f"train/a/{i}.png" for i in range(10, 38)]
+    for path in broken:
+        (folder / path).write_text("no picture")
+    argv = ["--data", "folder", "--root", str(folder), "--on-bad-image", "skip"]
+    assert main(["data", *argv]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out: 28: train/a/10.png (" in printed
+    assert "and 8 more" in printed
+    assert broken[20] not in printed
+    config = {**BASE, "data": "folder", "root": str(folder), "backbone": "resnet8", "max_per_class": None}
+    config |= {"batch_size": 4, "out": str(tmp_path / "run"), "on_bad_image": "skip", "epochs": 1}
+    assert server.run(config, event="step", count=2, signal=15).kind == "Interrupted"
+    left_out = read_json(tmp_path / "run" / "data.json")["left_out"]
+    assert list(left_out) == broken
+    assert all("cannot identify image file" in reason for reason in left_out.values())
+    (folder / broken[0]).unlink()  # it is not part of the data
+    assert server.run({**config, "resume": True}).kind == "done"
 
 
 def test_a_link_to_nowhere_can_be_left_out(server: Server, folder: Path, tmp_path: Path) -> None:

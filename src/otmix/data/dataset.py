@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 DEFAULT_IMBALANCE: dict[str, float | None] = {"digits": 20.0, "cifar10": 100.0, "cifar100": 100.0, "folder": None}
 CIFAR_VALIDATION = 1000
 _SMALLEST = 4
+_LISTED = 20  # files that a note names
 _SPLITS = ("train", "validation", "test")
 
 
@@ -30,7 +32,8 @@ class ImageDataset:
     """Labelled images in splits, and what a model must know to see them.
 
     `counts` are the training images per class; the model sees `[channels, image_size, image_size]`, normalised by
-    `mean` and `std` per channel; `flip`: mirror images mean the same; `notes`: what was done to the data, in sentences.
+    `mean` and `std` per channel; `flip`: mirror images mean the same; `notes`: what was done to the data, in sentences;
+    `left_out`: the files that cannot be read, and why.
     Raises UserError for fewer than two classes, a label without a class name, a class without a training image.
     """
 
@@ -45,6 +48,7 @@ class ImageDataset:
     std: tuple[float, ...]
     flip: bool = True
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -139,6 +143,7 @@ def load_dataset(
         raw.std,
         raw.flip,
         raw.notes,
+        raw.left_out,
     )
 
 
@@ -185,11 +190,11 @@ def _without_unreadable(raw: RawData, progress: Progress | None) -> RawData:
     for split, source in (("test", test), ("validation", validation)):
         if source is not None and not len(source):
             raise UserError(f"no image of the {split} split of {raw.name} can be read; replace its files")
-    listed = "; ".join(f"{path} ({reason})" for path, reason in list(found.items())[:20])
-    more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+    listed = "; ".join(f"{path} ({reason})" for path, reason in list(found.items())[:_LISTED])
+    more = f" and {len(found) - _LISTED} more, which data.json of a run lists" if len(found) > _LISTED else ""
     _require_images(train, raw.class_names, f"the training images of {raw.name}, unreadable ones left out,")
     note = f"Unreadable images left out: {len(found)}: {listed}{more}."
-    return replace(raw, train=train, validation=validation, test=test, notes=(*raw.notes, note))
+    return replace(raw, train=train, validation=validation, test=test, notes=(*raw.notes, note), left_out=found)
 
 
 def _with_test_split(raw: RawData, fraction: float, seed: int) -> RawData:

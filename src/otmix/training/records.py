@@ -85,6 +85,7 @@ def data_record(dataset: ImageDataset) -> dict[str, Any]:
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "notes": list(dataset.notes),
+        "left_out": dict(dataset.left_out),
     }
 
 

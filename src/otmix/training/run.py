@@ -173,7 +173,7 @@ def check_same_run(run_dir: Path, plan: Plan) -> None:
             "choose another folder with --out"
         )
     then, now = read_json(run_dir / "data.json"), data_record(plan.dataset)
-    changed = [key for key in now if key not in ("notes", "name") and now[key] != then.get(key)]
+    changed = [key for key in now if key not in ("notes", "left_out", "name") and now[key] != then.get(key)]
     if changed:
         raise UserError(
             f"the data are no longer those that {run_dir} was begun with ({', '.join(changed)} changed); restore them, "
