@@ -219,7 +219,7 @@ def test_the_best_epoch_on_the_test_set_is_the_result_of_official(
     errors = [row["test_error"] for row in log(run_dir)]
     run = open_run(run_dir)
     assert min(errors) < errors[-1], "the last epoch should not be the best one here"
-    assert run.result["headline_epoch"] == errors.index(min(errors))
+    assert run.result["headline_epoch"] == errors.index(min(errors)) + 1
     assert run.result["evaluation"]["top1_error"] == pytest.approx(min(errors))
     assert evaluated(run_dir) == pytest.approx(min(errors))
 
@@ -247,6 +247,7 @@ def test_what_is_watched(tmp_path: Path) -> None:
     assert all(row["probe_error"] is None and row["validation_error"] is not None for row in validated)
     result = open_run(run_dir).result
     assert result["split"] == "validation"
+    assert result["headline_epoch"] == len(validated)
     assert result["evaluation"]["n"] == 20
     assert result["evaluation"]["top1_error"] == pytest.approx(validated[-1]["validation_error"])
 

@@ -46,7 +46,8 @@ def finish(run: RunState, plan: Plan) -> None:
         "protocol": config.protocol,
         "set": config.to_dict()["set"],
         "looks_at_test": _looks_at_test(plan),
-        "headline_epoch": run.best["epoch"] if run.best is not None else config.epochs,
+        # how many epochs the model has had; rows of metrics.jsonl, and `best`, count them from 0
+        "headline_epoch": run.best["epoch"] + 1 if run.best is not None else config.epochs,
         "data": dataset.name,
         "split": config.final_split,
         "seed": config.seed,
