@@ -227,3 +227,19 @@ def test_several_processes_estimate_one_confusion(tmp_path: Path) -> None:
     torch.testing.assert_close(one["F"], total / total.sum(1, keepdim=True))
     assert torch.equal(one["F"], other["F"])
     assert torch.equal(one["validation"], other["validation"])
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_labels_out_of_range_are_named(label: int) -> None:
+    torch.manual_seed(0)
+    mixer = make(Net())
+    images = torch.rand(3, 1, 8, 8)
+    good, bad = (images, torch.tensor([0, 1, 2])), (images, torch.tensor([0, label, 2]))
+    said = f"label {label} is out of range: OTMixer was given the labels of 3 classes"
+    for background, foreground in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=said):
+            mixer(background, foreground)
+    with pytest.raises(ValueError, match=said):
+        mixer.end_epoch([good, bad])
+    assert (mixer.epoch, mixer.step) == (0, 0)
+    mixer(good, good)

@@ -92,9 +92,12 @@ class OTMixer:
         """Mix two batches `(images [B,C,H,W], labels [B])`. The foreground is moved to the background's device, and cut
         to its length.
 
-        Where the schedule leaves a batch alone, the background comes back as it was.
+        Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
+        CPU that are out of range.
         """
         device = background[0].device
+        for _, labels in (background, foreground):
+            self._check(labels)
         back = _batch(background, device)
         fore = _batch(foreground, device)[: len(back)]
         if self.counter.table.device != device:
@@ -118,6 +121,7 @@ class OTMixer:
         if validation is not None:
             counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin("validation", "all", None, soft=False))
             for images, labels in validation:
+                self._check(labels)
                 seen = embed(self.model, images, Items(labels))
                 assert seen.log_probabilities is not None
                 counter.add(labels, seen.log_probabilities)
@@ -173,6 +177,17 @@ class OTMixer:
             if saved is None
             else Confusion(saved["matrix"].to(self.counter.table.device), ConfusionOrigin(**saved["origin"]))
         )
+
+    def _check(self, labels: Tensor) -> None:
+        """Raises UserError for a label out of range. Those on a GPU are not looked at: that would wait for it."""
+        if labels.device.type != "cpu":
+            return
+        k = self.counts.num_classes
+        if len(wrong := labels[(labels < 0) | (labels >= k)]):
+            raise UserError(
+                f"label {wrong[0].item()} is out of range: OTMixer was given the labels of {k} classes; give batches "
+                f"with labels 0 … {k - 1}"
+            )
 
     def _move(self, device: torch.device) -> None:
         counts = self.counter.table.value
