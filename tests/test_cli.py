@@ -105,7 +105,7 @@ CONFIGS = st.fixed_dictionaries(
             {}, optional={"alpha": st.floats(0.1, 9), "box": st.sampled_from(["exact", "clipped"])}
         )
     }
-    | {"imbalance": st.none() | st.floats(1, 1e4), "warmup": st.floats(0, 0.99)}
+    | {"imbalance": st.none() | st.floats(1, 1e4), "warmup": st.floats(0, 0.99), "test_fraction": st.floats(0.01, 0.99)}
 )
 
 
