@@ -106,7 +106,7 @@ def test_the_table_of_design_section_5() -> None:
     assert (paper.mix_probability, official.mix_probability, clean.mix_probability) == (1, 0.5, 0.5)
     assert (paper.mix_from, paper.mix_until) == (0, 1)
     assert (official.mix_from, official.mix_until) == (4 / 240, 237 / 240)
-    assert (clean.mix_from, clean.mix_until) == (4 / 240, 1)
+    assert (clean.mix_from, clean.mix_until) == (4 / 240, 237 / 240)
     assert {p.mix_fraction for p in PROTOCOLS.values()} == {1}
     assert (paper.curriculum_per, official.curriculum_per, clean.curriculum_per) == ("batch", "epoch", "batch")
     assert (paper.curriculum_one_based, official.curriculum_one_based) == (True, False)
