@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 
+from otmix.config import RunConfig
 from otmix.confusion import ConfusionCounter
 from otmix.data import open_store
+from otmix.errors import UserError
 from otmix.losses import CrossEntropy
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream, ForegroundStream, inverse_frequency
-from otmix.training import open_run
+from otmix.training import open_run, train
+from otmix.training.launch import started_outside
 from otmix.training.setup import load_data
 from otmix.types import Items
 from run_server import Outcome, Server
@@ -273,3 +279,114 @@ def test_a_loss_that_is_not_finite_stops_all(server: Server, tmp_path: Path) -> 
     assert outcome.kind == "UserError", outcome.text
     assert "step 2 of epoch 1 " in outcome.text
     assert place(tmp_path / "run") == (1, 0)
+
+
+@pytest.mark.slow  # each process imports everything: half a minute on a busy machine
+def test_torchrun_starts_the_processes(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from otmix.config import RunConfig\n"
+        "from otmix.training import train\n"
+        f"train(RunConfig.from_dict({configuration('streamed', run_dir, devices=WORLD)!r}))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(script)], check=True, env=environment, capture_output=True, timeout=200)
+    assert rows(run_dir) == rows(recorded("streamed").run_dir)
+    weights = [run / "model.safetensors" for run in (run_dir, recorded("streamed").run_dir)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "otmix",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "127.0.0.1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+"""What SLURM tells the first of two processes on one machine."""
+
+
+def beside(argument: str) -> None:
+    """Start the second process of a run beside this one, as SLURM does, and note how it ends. (In the child.)"""
+    note, config = argument.split(" ", 1)
+    os.environ |= SLURM | {"MASTER_PORT": str(find_free_network_port())}
+    if os.fork() > 0:
+        return
+    os.environ |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    ended = "by a mistake of ours"
+    try:
+        train(RunConfig.from_dict(json.loads(config)))
+        ended = "done"
+    except (UserError, SystemExit) as error:
+        ended = f"{type(error).__name__}: {error}"
+    finally:
+        Path(note).write_text(ended)
+        os._exit(0)
+
+
+def run_beside(server: Server, folder: Path, config: dict[str, Any], **how: Any) -> tuple[Outcome, str]:
+    """How the first and the second process of a run end that SLURM starts."""
+    note = folder / "second.txt"
+    outcome = server.run(config, prepare=f"test_processes beside {note} {json.dumps(config)}", **how)
+    for _ in range(200):
+        if note.exists() and note.read_text():
+            break
+        time.sleep(0.05)
+    return outcome, note.read_text()
+
+
+def test_slurm_starts_the_processes(server: Server, recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome, second = run_beside(server, tmp_path, config)
+    assert (outcome.kind, second) == ("done", "done"), outcome.text
+    assert_same(tmp_path / "run", recorded("streamed").run_dir)
+
+
+def test_a_stop_ends_processes_that_slurm_started(
+    server: Server, recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome, second = run_beside(server, tmp_path, config, event="step", count=8, signal=signal.SIGTERM)
+    assert (outcome.kind, second) == ("Interrupted", "SystemExit: 130"), outcome.text
+    assert server.run(config).kind == "done", "by our own processes"
+    assert_same(tmp_path / "run", recorded("streamed").run_dir)
+
+
+def test_the_others_end_when_the_first_may_not_begin(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").touch()
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    outcome, second = run_beside(server, tmp_path, config)
+    assert outcome.kind == "UserError", outcome.text
+    assert "is not empty and holds no run" in outcome.text
+    assert second.startswith("ConnectionLost: another process of this run has ended")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}, "torchrun starts 4 processes"),
+        (SLURM | {"SLURM_NTASKS_PER_NODE": "4"}, "needs --nodes=1 --ntasks-per-node=2"),
+        (SLURM | {"SLURM_NNODES": "2"}, "needs --nodes=1 --ntasks-per-node=2"),
+    ],
+)
+def test_other_processes_than_asked_for_are_refused(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        started_outside(RunConfig(devices=WORLD))
+
+
+def test_runs_of_one_process_may_be_the_tasks_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert not started_outside(RunConfig())
+    assert started_outside(RunConfig(devices=WORLD))

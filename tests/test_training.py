@@ -550,7 +550,7 @@ def test_a_dead_reader_is_one_sentence_wherever_it_is_noticed(tmp_path: Path, mo
     def dies(*arguments: object) -> Path:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(run_module, "_train", dies)
+    monkeypatch.setattr(run_module, "_run", dies)
     with pytest.raises(UserError, match=r"a process that reads images has died .*--workers 0"):
         train(replace(TINY, out=str(tmp_path / "a")))
     said = "shapes do not fit"

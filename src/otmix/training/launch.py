@@ -36,20 +36,55 @@ Work = Callable[["Fabric", RunConfig, Reporter], Path]
 """A whole run on one of its processes."""
 
 
+class ConnectionLost(UserError):
+    """Another process of the run has ended, so this one cannot go on; the reason is the other's to tell."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this run has ended or cannot be reached, so this one ends as well; see what that one "
+            "said, and go on with --resume once it is mended"
+        )
+
+
+def started_outside(config: RunConfig) -> bool:
+    """Whether torchrun, SLURM or, on several machines, a person starts each process of the run, instead of us.
+
+    Raises UserError where torchrun or SLURM starts others than the configuration asks for.
+    """
+    with lightning_quietly():
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+        torchrun = TorchElasticEnvironment.detect()
+        slurm = not torchrun and SLURMEnvironment.detect()
+    processes = config.devices * config.num_nodes
+    asked = f"--devices {config.devices} --num-nodes {config.num_nodes}"
+    if torchrun and int(os.environ["WORLD_SIZE"]) != processes:
+        raise UserError(
+            f"torchrun starts {os.environ['WORLD_SIZE']} processes, but {asked} asks for {processes}; give --devices "
+            "the number of torchrun's --nproc-per-node, and --num-nodes that of its --nnodes"
+        )
+    if slurm and processes > 1:
+        nodes = os.environ.get("SLURM_NNODES", str(config.num_nodes))
+        if (nodes, os.environ.get("SLURM_NTASKS_PER_NODE")) != (str(config.num_nodes), str(config.devices)):
+            raise UserError(
+                f"under SLURM {asked} needs --nodes={config.num_nodes} --ntasks-per-node={config.devices}, given to "
+                "sbatch or srun"
+            )
+    return processes > 1 and (torchrun or slurm or config.num_nodes > 1)
+
+
 def make_fabric(config: RunConfig) -> Fabric:
     """Fabric for the device, precision and processes that a configuration asks for. Raises UserError where the machine
     has none such.
     """
     with lightning_quietly():
         from lightning.fabric import Fabric
-        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         several = config.devices * config.num_nodes > 1
-        # torchrun and SLURM start the processes themselves; on one machine we do, from Python as from the command line
-        outside = TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or config.num_nodes > 1
-        strategy = "auto" if not several else "ddp" if outside else "ddp_spawn"
+        # on one machine we start the processes, from Python as from the command line
+        strategy = "auto" if not several else "ddp" if started_outside(config) else "ddp_spawn"
         try:
             fabric = Fabric(
                 accelerator=config.accelerator,
@@ -84,6 +119,30 @@ def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def train_beside_others(work: Work, config: RunConfig, reporter: Reporter) -> Path:
+    """The work of this process, beside which others were started from outside (`started_outside`).
+
+    Raises `ConnectionLost` when another one has ended. A stop ends all: the first one raises it, the others just exit.
+    """
+    fabric = make_fabric(config)
+    try:
+        return launched(fabric, work, config, reporter)
+    except (Interrupted, KeyboardInterrupt):
+        if fabric.global_rank == 0:
+            raise
+        raise SystemExit(130) from None
+
+
+def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) -> Path:
+    """The work of a process that is connected with the others first."""
+    try:
+        return Path(fabric.launch(lambda fabric: work(fabric, config, reporter)))
+    except RuntimeError as error:  # gloo has no exception of its own
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise ConnectionLost from error
+        raise
 
 
 def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Path:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
-from otmix.training.launch import make_fabric, threads_for, train_in_processes
+from otmix.training.launch import make_fabric, started_outside, threads_for, train_beside_others, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
 from otmix.training.records import data_record, read_config, read_settings, record_root, write_records
@@ -36,13 +35,32 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """Train, evaluate and record one run, or go on with one; returns its directory.
 
     Raises UserError for whatever the user can mend, `Interrupted` when asked to stop (a checkpoint has been saved).
+    Where torchrun or SLURM has started several processes, each of them calls this.
     """
     reporter = reporter or Silent()
     config = replace(config, set=parse_method(config.method).converted(config.set))
+    try:
+        if started_outside(config):
+            return train_beside_others(_train_beside_others, config, reporter)
+        with directory_of(config):
+            if config.devices * config.num_nodes == 1:
+                return _train(make_fabric(config), config, reporter)
+            return train_in_processes(_train, config, reporter)
+    finally:
+        reporter.close()
+
+
+def _train_beside_others(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
+    """The whole run, on one of its processes; the first one looks after the directory."""
+    with directory_of(config) if fabric.global_rank == 0 else nullcontext():
+        fabric.barrier()  # the others end here where the first one may not begin
+        return _train(fabric, config, reporter)
+
+
+@contextmanager
+def directory_of(config: RunConfig) -> Iterator[None]:
+    """Holds the run's directory. Raises UserError where the run may not begin or go on in it."""
     run_dir = run_dir_of(config)
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
-        # torchrun or SLURM started this process beside rank 0, which looks after the directory
-        return _train(make_fabric(config), config, reporter)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; name a folder with --out")
     started = (run_dir / "config.yaml").exists()
@@ -53,17 +71,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         )
     if run_dir.is_dir() and not started and any(_is_foreign(path) for path in run_dir.iterdir()):
         raise UserError(f"the folder {run_dir} is not empty and holds no run; choose another folder with --out")
-    try:
-        with alone_in(run_dir):
-            if config.devices * config.num_nodes == 1:
-                return _train(make_fabric(config), config, reporter)
-            return train_in_processes(_train, config, reporter)
-    except RuntimeError as error:
-        if (told := dead_reader(error)) is None:
-            raise
-        raise told from error
-    finally:
-        reporter.close()
+    with alone_in(run_dir):
+        yield
 
 
 def _is_foreign(path: Path) -> bool:
@@ -116,7 +125,12 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     plan = prepare(config, dataset)
     assert plan.config.batch_size is not None  # `prepare` filled it in
     with threads_for(plan.config.batch_size // fabric.world_size * dataset.image_size**2, fabric.device):
-        return _run(fabric, run_dir, plan, reporter)
+        try:
+            return _run(fabric, run_dir, plan, reporter)
+        except RuntimeError as error:
+            if (told := dead_reader(error)) is None:
+                raise
+            raise told from error
 
 
 def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
