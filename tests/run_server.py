@@ -116,8 +116,8 @@ class Bomb:
 
 def listen(bomb: Bomb, pictures: bool) -> None:
     """Tell `bomb` of every event in this process from now on."""
-    import lightning.fabric
     import torch
+    import torch.multiprocessing
 
     import otmix.training.loop as loop
     import otmix.training.outcome as outcome
@@ -157,14 +157,10 @@ def listen(bomb: Bomb, pictures: bool) -> None:
 
     os.replace, torch.save, loop.Tally.add, loop.finish_epoch = replaced, saved, added, finished
     os.fsync = nothing  # SIGKILL loses no write, and a disk is slow
-    lightning.fabric.Fabric = partial(forking, lightning.fabric.Fabric)  # type: ignore[misc]
+    # several processes are forked too: they need not import everything again
+    torch.multiprocessing.start_processes = partial(torch.multiprocessing.start_processes, start_method="fork")
     if not pictures:
         outcome.draw_pictures = outcome.write_page = run.write_page = nothing
-
-
-def forking(fabric: Any, strategy: str, **settings: Any) -> Any:
-    """Several processes are forked too: they need not import everything again."""
-    return fabric(strategy="ddp_fork" if strategy == "ddp_spawn" else strategy, **settings)
 
 
 def child(job: Job) -> None:

@@ -205,9 +205,123 @@ def test_killed_and_resumed(
     """The processes die by themselves; the one that started them tells."""
     config = configuration("streamed", tmp_path / "run", devices=WORLD)
     outcome = server.run(config, event=event, count=count)
-    assert outcome.kind == "ProcessExitedException"
+    assert outcome.kind == "UserError"
+    assert "SIGKILL" in outcome.text
     assert server.run(config).kind == "done"
     assert_same(tmp_path / "run", recorded("streamed").run_dir)
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes that compute a run which the process `pid` has started, by rank."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(
+        int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+
+
+def control_c(pid: int) -> None:
+    """As a terminal sends it: to all of its processes."""
+    for process in [*ranks_of(pid), pid]:
+        os.kill(process, signal.SIGINT)
+
+
+def wait_for(happened: Callable[[], Any]) -> None:
+    ends = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.01)
+
+
+def assert_gone(processes: list[int]) -> None:
+    assert processes
+    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_one_that_the_system_kills_ends_the_run(
+    rank: int, server: Server, recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
+    config = configuration("streamed", tmp_path / "run", devices=WORLD)
+    pid = server.start(config)
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists)
+    ranks = ranks_of(pid)
+    os.kill(ranks[rank], signal.SIGKILL)
+    outcome = server.wait()
+    assert outcome.kind == "UserError", outcome.text
+    assert outcome.text.startswith(f"the system ended process {rank} of this run (SIGKILL)")
+    assert "--resume" in outcome.text
+    assert_gone(ranks)
+    assert server.run(config).kind == "done"
+    assert_same(tmp_path / "run", recorded("streamed").run_dir)
+
+
+@pytest.mark.parametrize("stop", [control_c, lambda pid: os.kill(pid, signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_while_the_pictures_are_drawn(stop: Callable[[int], None], server: Server, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = configuration("streamed", run_dir, devices=WORLD)
+    pid = server.start(config, pictures=True)
+    wait_for((run_dir / "model.safetensors").exists)
+    ranks = ranks_of(pid)
+    stop(pid)
+    outcome = server.wait()
+    assert outcome.kind == "KeyboardInterrupt", outcome.text
+    assert_gone(ranks)
+    assert not (run_dir / "result.json").exists()
+    assert server.run(config).kind == "done"
+
+
+def test_a_second_control_c_does_not_wait_for_a_process_that_hangs(server: Server, tmp_path: Path) -> None:
+    pid = server.start(configuration("streamed", tmp_path / "run", devices=WORLD, epochs=10_000))
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists)
+    ranks = ranks_of(pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(1)
+    assert ranks_of(pid) == ranks
+    os.kill(pid, signal.SIGINT)
+    assert server.wait().kind == "KeyboardInterrupt"
+    assert_gone(ranks)
+
+
+def stopped_by(number: int, run_dir: Path, epochs: int, when: Callable[[int], object]) -> tuple[str, list[int]]:
+    """What the command says that is sent a signal, as a terminal does, and the processes that it had started."""
+    command = [sys.executable, "-m", "otmix", "train", "--devices", str(WORLD), "--accelerator", "cpu"]
+    command += ["--method", "erm", "--epochs", str(epochs), "--out", str(run_dir)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        when(process.pid)
+        ranks = ranks_of(process.pid)
+        os.killpg(process.pid, number)
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    return said, ranks
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_processes_start(number: int, tmp_path: Path) -> None:
+    def they_import_torch(pid: int) -> None:
+        wait_for(lambda: len(ranks_of(pid)) == WORLD)
+        time.sleep(0.5)
+
+    said, ranks = stopped_by(number, tmp_path / "run", 10_000, they_import_torch)
+    assert said == "\notmix: stopped\n"
+    assert_gone(ranks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_at_the_end_as_a_user_sees_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    said, ranks = stopped_by(signal.SIGINT, run_dir, 1, lambda _: wait_for((run_dir / "model.safetensors").exists))
+    assert said.endswith(
+        f"its last checkpoint is kept; this goes on with it:\n  otmix train --resume --out {run_dir}\n"
+    )
+    assert_gone(ranks)
 
 
 def test_started_as_a_user_starts_it(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
@@ -281,7 +395,6 @@ def test_a_loss_that_is_not_finite_stops_all(server: Server, tmp_path: Path) -> 
     assert place(tmp_path / "run") == (1, 0)
 
 
-@pytest.mark.slow  # each process imports everything: half a minute on a busy machine
 def test_torchrun_starts_the_processes(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     script = tmp_path / "script.py"
@@ -334,10 +447,7 @@ def run_beside(server: Server, folder: Path, config: dict[str, Any], **how: Any)
     """How the first and the second process of a run end that SLURM starts."""
     note = folder / "second.txt"
     outcome = server.run(config, prepare=f"test_processes beside {note} {json.dumps(config)}", **how)
-    for _ in range(200):
-        if note.exists() and note.read_text():
-            break
-        time.sleep(0.05)
+    wait_for(lambda: note.exists() and note.read_text())
     return outcome, note.read_text()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import logging
 import os
+import re
 import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,28 +20,41 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import IMPORTED, import_files
 from otmix.training.loop import Interrupted
+from otmix.training.processes import StopRequest
 from otmix.training.reporter import Reporter
 from otmix.training.runs import run_dir_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
 PIXELS_A_THREAD = 4096
 """benchmarks/threads.py: at 64 × 8 × 8 pixels one thread takes 1.3 times as long as two on two idle cores, and between
 a tenth and 0.8 of their time where one of these is busy.
 """
 
+STOPPED, SAVED, LOST = 130, 3, 4
+"""Exit codes of processes that we start: stopped at once, stopped after saving, and ended because another one had."""
+
+CONSEQUENCES = {LOST, -signal.SIGTERM}
+"""How processes end because another one has failed."""
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 5.0
+"""When one process has failed, the others have so long to notice it, and again when they are told to end."""
+
 Work = Callable[["Fabric", RunConfig, Reporter], Path]
 """A whole run on one of its processes."""
 
 
 class ConnectionLost(UserError):
-    """Another process of the run has ended, so this one cannot go on; the reason is the other's to tell."""
+    """This process cannot go on without another one of its run, whose failure is the one to tell of."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: RuntimeError) -> None:
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". This is typically")[0]
         super().__init__(
-            "another process of this run has ended or cannot be reached, so this one ends as well; see what that one "
-            "said, and go on with --resume once it is mended"
+            f"another process of this run has ended or cannot be reached ({reason}), so this one ends as well; see "
+            "what that one said, and go on with --resume once it is mended"
         )
 
 
@@ -82,9 +94,8 @@ def make_fabric(config: RunConfig) -> Fabric:
         from lightning.fabric import Fabric
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        several = config.devices * config.num_nodes > 1
-        # on one machine we start the processes, from Python as from the command line
-        strategy = "auto" if not several else "ddp" if started_outside(config) else "ddp_spawn"
+        # with "ddp" Fabric takes the environment's word for which of the processes this is
+        strategy = "ddp" if config.devices * config.num_nodes > 1 else "auto"
         try:
             fabric = Fabric(
                 accelerator=config.accelerator,
@@ -132,7 +143,7 @@ def train_beside_others(work: Work, config: RunConfig, reporter: Reporter) -> Pa
     except (Interrupted, KeyboardInterrupt):
         if fabric.global_rank == 0:
             raise
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
 
 
 def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) -> Path:
@@ -141,69 +152,148 @@ def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) 
         return Path(fabric.launch(lambda fabric: work(fabric, config, reporter)))
     except RuntimeError as error:  # gloo has no exception of its own
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise ConnectionLost from error
+            raise ConnectionLost(error) from error
         raise
 
 
 def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Path:
-    """Start the processes, and bring the one sentence back from the one that failed."""
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+    """Start the processes, and bring the one sentence back from the one that failed.
 
+    Ctrl-C and SIGTERM are passed on: when all have ended, Interrupted is raised if they have saved first, else
+    KeyboardInterrupt. A second Ctrl-C does not wait for them. Raises UserError also when the system ended one.
+    """
+    fabric, run_dir = make_fabric(config), run_dir_of(config)  # raises here what would stop each of them
+    strict = partial(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    stop = StopRequest()
     with tempfile.TemporaryDirectory() as folder:
-        message = Path(folder) / "message"
-        fabric = make_fabric(config)
-        try:
-            with forwarding_signals():
-                # inside a partial: Fabric would copy plain arguments field by field, which a frozen value forbids
-                return Path(fabric.launch(partial(_in_one_process, work, config, reporter, message, tuple(IMPORTED))))
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            code = getattr(error, "exit_code", None)
-            if code == 130:
-                raise Interrupted(run_dir_of(config)) from None
-            if message.exists():
-                raise UserError(message.read_text()) from None
-            raise
+        arguments = (work, config, reporter, Path(folder), tuple(IMPORTED), _port(fabric), strict)
+        with stop.listening():
+            failures = _failures(_start(config.devices, arguments), stop)
+        told, lost = ([file.read_text() for file in Path(folder).glob(f"{kind}-*")] for kind in ("told", "lost"))
+    codes = {getattr(failure, "exit_code", None) for failure in failures}
+    if told:
+        raise UserError(told[0])
+    if SAVED in codes:
+        raise Interrupted(run_dir)
+    if failures and (stop.requested or STOPPED in codes):
+        raise KeyboardInterrupt
+    if lost and codes <= CONSEQUENCES:
+        raise UserError(lost[0])
+    if failures:
+        raise _reason(failures, run_dir)
+    return run_dir
+
+
+def _port(fabric: Fabric) -> int:
+    """Where the processes of this machine meet."""
+    from lightning.fabric.strategies.ddp import DDPStrategy
+
+    assert isinstance(fabric.strategy, DDPStrategy)
+    assert fabric.strategy.cluster_environment is not None
+    return fabric.strategy.cluster_environment.main_port
+
+
+def _start(processes: int, arguments: tuple[object, ...]) -> ProcessContext:
+    """Start processes that do `_in_one_process` with these arguments after their rank."""
+    from multiprocessing.resource_tracker import ensure_running
+
+    from torch import multiprocessing
+
+    ensure_running()  # otherwise it is started below, and lifts the block
+    _heed_keyboard(False)  # nor do they until they allow it: an import has no sentence for Ctrl-C
+    try:
+        start: Callable[..., ProcessContext] = multiprocessing.start_processes  # type: ignore[attr-defined]  # unlisted
+        return start(_in_one_process, arguments, processes, join=False)
+    finally:
+        _heed_keyboard(True)
+
+
+def _heed_keyboard(yes: bool) -> None:
+    """Whether Ctrl-C reaches this thread and, until they say otherwise, the processes that it starts."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK if yes else signal.SIG_BLOCK, [signal.SIGINT])
+
+
+def _failures(context: ProcessContext, stop: StopRequest) -> list[ProcessException]:
+    """Wait for all processes to end, which they soon must when one has failed; what failed, as it was noticed."""
+    from torch.multiprocessing.spawn import ProcessException
+
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns of each process that it ends
+    failures, passed_on = list[ProcessException](), False
+    try:
+        while True:
+            try:
+                if context.join(timeout=POLL_SECONDS, grace_period=GRACE_SECONDS):
+                    return failures
+            except ProcessException as failure:
+                failures.append(failure)
+            if stop.requested and not passed_on:
+                passed_on = True
+                for process in context.processes:
+                    process.terminate()  # in the loop it saves and stops, elsewhere it ends at once
+    except KeyboardInterrupt:
+        for process in context.processes:
+            process.kill()
+            process.join()
+        raise
+
+
+def _reason(failures: list[ProcessException], run_dir: Path) -> Exception:
+    """What to raise of failures that nobody asked for: one that is not the consequence of another."""
+    from torch.multiprocessing.spawn import ProcessExitedException
+
+    def is_consequence(failure: ProcessException) -> bool:
+        return isinstance(failure, ProcessExitedException) and failure.exit_code in CONSEQUENCES
+
+    first = min(failures, key=is_consequence)
+    if not isinstance(first, ProcessExitedException) or first.signal_name is None:
+        return first
+    return UserError(
+        f"the system ended process {first.error_index} of this run ({first.signal_name}), perhaps because memory ran "
+        f"out; what had been saved is kept in {run_dir}: go on with --resume, with fewer --workers if it happens again"
+    )
 
 
 def _in_one_process(
-    work: Work, config: RunConfig, reporter: Reporter, message: Path, imports: tuple[Path, ...], fabric: Fabric
-) -> str:
+    rank: int,
+    work: Work,
+    config: RunConfig,
+    reporter: Reporter,
+    folder: Path,
+    imports: tuple[Path, ...],
+    port: int,
+    strict: Callable[[], None],
+) -> None:
+    """What a process does that `train_in_processes` has started; a sentence for the user goes into `folder`."""
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handlers of the one that started it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _heed_keyboard(True)
+        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+        strict()
         import_files(imports)
-        return str(work(fabric, config, reporter))
+        launched(make_fabric(config), work, config, reporter)
     except UserError as error:
-        message.write_text(str(error))
-        raise SystemExit(2) from None
+        lost = isinstance(error, ConnectionLost)
+        written = folder / f"half-{rank}"
+        written.write_text(str(error))
+        written.rename(
+            folder / f"{'lost' if lost else 'told'}-{rank}"
+        )  # whole, even if this process is ended meanwhile
+        raise SystemExit(LOST if lost else 2) from None
     except Interrupted:
-        raise SystemExit(130) from None
-
-
-@contextmanager
-def forwarding_signals() -> Iterator[None]:
-    """While processes work for this one, Ctrl-C and SIGTERM are theirs: they save, stop, and end this one's waiting."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals can only be caught in the main thread
-        return
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise SystemExit(SAVED) from None
+    except KeyboardInterrupt:  # which torch would take for the end of the work
+        raise SystemExit(STOPPED) from None
 
 
 @contextmanager
 def lightning_quietly() -> Iterator[None]:
     """Without Lightning's hints about itself; our own warnings are unaffected."""
-    import logging
-
     import lightning.fabric  # noqa: F401  (its import sets the level of its logger)
 
     for name in ("lightning.fabric", "lightning.pytorch"):  # Fabric's hints go through the logger of either

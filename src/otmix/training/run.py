@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """Train, evaluate and record one run, or go on with one; returns its directory.
 
-    Raises UserError for whatever the user can mend, `Interrupted` when asked to stop (a checkpoint has been saved).
+    Raises UserError for whatever the user can mend, `Interrupted` when asked to stop (a checkpoint has been saved),
+    KeyboardInterrupt when nothing was being trained then (the last checkpoint is kept).
     Where torchrun or SLURM has started several processes, each of them calls this.
     """
     reporter = reporter or Silent()
