@@ -315,6 +315,7 @@ def test_a_stop_while_the_processes_start(number: int, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # half a minute on a busy machine
 def test_a_stop_at_the_end_as_a_user_sees_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     said, ranks = stopped_by(signal.SIGINT, run_dir, 1, lambda _: wait_for((run_dir / "model.safetensors").exists))
@@ -395,6 +396,7 @@ def test_a_loss_that_is_not_finite_stops_all(server: Server, tmp_path: Path) -> 
     assert place(tmp_path / "run") == (1, 0)
 
 
+@pytest.mark.slow  # half a minute on a busy machine
 def test_torchrun_starts_the_processes(recorded: Callable[[str], Recorded], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     script = tmp_path / "script.py"
