@@ -216,8 +216,8 @@ def test_the_hash_knows_what_decides_the_result_and_nothing_else() -> None:
             other = 77
         elif kind in (bool, bool | None):
             other = not getattr(base, f.name)
-        elif get_args(kind) and str in map(type, get_args(kind)):
-            other = next(value for value in get_args(kind) if value != getattr(base, f.name))
+        elif choices := [value for one in (kind, *get_args(kind)) for value in get_args(one) if isinstance(value, str)]:
+            other = next(value for value in choices if value != getattr(base, f.name))
         assert replace(base, **{f.name: other}).hash != base.hash, f.name
     assert RunConfig(method="erm").hash == RunConfig(method="ce").hash
 
@@ -235,6 +235,8 @@ def test_the_hash_knows_what_decides_the_result_and_nothing_else() -> None:
         {"weight_decay": -1.0},
         {"weight_decay": float("inf")},
         {"checkpoint_minutes": -1.0},
+        {"optimizer": "rmsprop"},
+        {"precision": "bf16"},
         {"checkpoint_minutes": float("nan")},
         {"validation_per_class": -1},
         {"test_fraction": 0.0},

@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from otmix.errors import UserError
 from otmix.protocols import Overrides, Protocol, ProtocolName
@@ -107,6 +108,10 @@ class RunConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name, choices in _choices().items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, it is {value}")
         at_least = {
             "epochs": 1,
             "batch_size": 1,
@@ -183,6 +188,13 @@ class RunConfig:
         """
         same = {key: value for key, value in self.identity.items() if key != "set"}
         return same | {f"set.{key}": value for key, value in settings.items()}
+
+
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values of each setting that has a few."""
+    kinds = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(RunConfig).items()}
+    return {name: get_args(one) for name, kind in kinds.items() for one in kind if get_origin(one) is Literal}
 
 
 @dataclass(frozen=True)
