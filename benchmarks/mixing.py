@@ -1,5 +1,5 @@
-"""Draw and apply each mixer on 128 × 3 × 32 × 32 images, against torchvision's CutMix and MixUp (target: at most 1 ×,
-SaliencyMix 5 × CutMix).
+"""Draw and apply each mixer on 128 × 3 × 32 × 32 images, against torchvision's CutMix (target: at most 1 ×, SaliencyMix
+5 ×); Mixup also against its MixUp.
 
     python benchmarks/mixing.py [--device cuda] [--rounds 15] [--json FILE]
 
@@ -79,8 +79,9 @@ def main() -> None:
         ("CutMix exact", CutMix(), cutmix),
         ("CutMix clipped", CutMix(box="clipped"), cutmix),
         ("CutMix per image", CutMix(per="image"), cutmix),
-        ("Mixup", Mixup(), mixup),
-        ("Mixup per image", Mixup(per="image"), mixup),
+        ("Mixup", Mixup(), cutmix),
+        ("Mixup, against MixUp", Mixup(), mixup),
+        ("Mixup per image", Mixup(per="image"), cutmix),
         ("SaliencyMix", SaliencyMix(per="batch"), cutmix),
         ("SaliencyMix per image", SaliencyMix(), cutmix),
         ("Remix", Remix(counts), cutmix),

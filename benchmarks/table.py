@@ -82,7 +82,7 @@ def main() -> None:
         "machines: compare their ratios, not their times.",
         "", "### transport.py", "", *transport(),
         "", "### training.py", "", *training(),
-        "", "### mixing.py: against torchvision's CutMix (Mixup: its MixUp)", "", *mixing(),
+        "", "### mixing.py: against torchvision's CutMix", "", *mixing(),
         "", "### losses.py: time in multiples of `F.cross_entropy`'s, memory beyond its in multiples of the logits", "",
         *losses(),
         "", "### threads.py: one thread against all", "", *threads(),
