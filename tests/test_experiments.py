@@ -24,7 +24,16 @@ from otmix.experiments.compare import _config
 from otmix.experiments.jobs import train_in_processes, write_config
 from otmix.experiments.progress import share_done
 from otmix.experiments.unit_tables import results_table
-from otmix.experiments.units import BEGIN, END, fill_region, main, read_units, write_unit
+from otmix.experiments.units import (
+    BEGIN,
+    BEGIN_DEFAULTS,
+    END,
+    fill_region,
+    fill_tables,
+    main,
+    read_units,
+    write_unit,
+)
 from otmix.files import write_json
 from otmix.methods import parse_method
 from otmix.protocols import PROTOCOLS, Overrides
@@ -718,6 +727,19 @@ def test_a_region_is_filled_and_filling_it_again_changes_nothing() -> None:
     assert fill_region(once, "| a |\n") == once
 
 
+def test_a_region_for_defaults_leaves_out_what_was_changed(tmp_path: Path) -> None:
+    for seed, settings in enumerate((Overrides(), Overrides(alpha=1.0))):
+        config = replace(BASE, method="cmo", seed=seed, set=settings, out=str(tmp_path / "runs" / str(seed)))
+        write_unit(finish_run(config, 0.2), tmp_path)
+    units = read_units(tmp_path)
+    both = fill_tables(f"{BEGIN}\n{END}", units)
+    usual = fill_tables(f"{BEGIN_DEFAULTS}\n{END}", units)
+    assert "alpha 1.0" in both
+    assert "alpha 1.0" not in usual
+    assert usual.count("| ERM + CMO") == 1
+    assert fill_tables(usual, units) == usual
+
+
 @pytest.mark.parametrize("text", ["nothing", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
 def test_a_file_without_the_marks_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="once each"):
@@ -747,10 +769,10 @@ def test_the_command_adds_units_and_fills_files(tmp_path: Path, capsys: pytest.C
 def test_committed_tables_are_those_of_the_committed_units(name: str) -> None:
     repository = Path(__file__).parents[1]
     path = repository / name
-    if not path.is_file() or BEGIN not in path.read_text(encoding="utf-8"):
+    if not path.is_file() or END not in path.read_text(encoding="utf-8"):
         pytest.skip(f"{name} has no table of results")
     text = path.read_text(encoding="utf-8")
-    assert fill_region(text, results_table(read_units(repository / "results"))) == text
+    assert fill_tables(text, read_units(repository / "results")) == text
 
 
 def test_recorded_configurations_can_be_read_back(tmp_path: Path) -> None:

@@ -44,14 +44,15 @@ _COLUMNS = (
 )
 
 
-def results_table(units: Iterable[Unit]) -> str:
-    """All units as Markdown, the same text for the same units in any order.
+def results_table(units: Iterable[Unit], defaults_only: bool = False) -> str:
+    """All units as Markdown, or those that changed no setting of their method: the same text for them in any order.
 
     Raises UserError where two units of a table have the same seed but not the same images, or are the same run twice.
     """
     tables: dict[str, list[Unit]] = {}
     for unit in units:
-        tables.setdefault(_setting(unit), []).append(unit)
+        if not defaults_only or not _changed(unit):
+            tables.setdefault(_setting(unit), []).append(unit)
     if not tables:
         return "No results yet.\n"
     return "\n".join(_table(tables[key]) for key in sorted(tables, key=lambda key: (_heading(tables[key][0]), key)))

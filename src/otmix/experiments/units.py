@@ -2,7 +2,8 @@
 
     python -m otmix.experiments.units RESULTS_DIR [--add RUN_DIR ...] [--readme FILE ...]
 
-adds finished runs to RESULTS_DIR/units and fills the part of each FILE between the two marks with tables.
+adds finished runs to RESULTS_DIR/units and fills the part of each FILE between the two marks with tables: of all runs,
+or, after the mark that ends in "defaults", of those that changed no setting of their method.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from otmix.training import is_finished
 from otmix.training.records import read_config, read_settings
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN_DEFAULTS = "<!-- results:begin defaults -->"
 _CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 _PATHS = ("root", "weights")  # of the machine that trained; what they held is in the data's hash
 _KEPT = (
@@ -117,14 +119,21 @@ def read_units(results_dir: Path) -> list[dict[str, Any]]:
     return units
 
 
-def fill_region(text: str, content: str, name: str = "the file") -> str:
+def fill_tables(text: str, units: Sequence[dict[str, Any]], name: str = "the file") -> str:
+    """`text` with the tables of `units` between its marks, which also say of which of them."""
+    if BEGIN_DEFAULTS in text:
+        return fill_region(text, results_table(units, defaults_only=True), name, BEGIN_DEFAULTS)
+    return fill_region(text, results_table(units), name)
+
+
+def fill_region(text: str, content: str, name: str = "the file", begin: str = BEGIN) -> str:
     """`text` with `content` between the two marks. Raises UserError unless each mark is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if text.count(begin) != 1 or text.count(END) != 1 or text.index(begin) > text.index(END):
         raise UserError(
-            f"{name} must have the lines {BEGIN} and {END} once each, in this order; the tables go between them"
+            f"{name} must have the lines {begin} and {END} once each, in this order; the tables go between them"
         )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{content.strip()}\n\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content.strip()}\n\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,13 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for run_dir in options.add:
             sys.stdout.write(f"{write_unit(run_dir, options.results, data_title=options.data_title)}\n")
-        table = results_table(read_units(options.results))
+        units = read_units(options.results)
         for path in options.readme:
             if not path.is_file():
                 raise UserError(f"there is no file {path}; create it with the lines {BEGIN} and {END}")
-            write_text(path, fill_region(path.read_text(encoding="utf-8"), table, str(path)))
+            write_text(path, fill_tables(path.read_text(encoding="utf-8"), units, str(path)))
         if not options.add and not options.readme:
-            sys.stdout.write(table)
+            sys.stdout.write(results_table(units))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
