@@ -278,9 +278,9 @@ def test_the_law_of_the_second_stream(name: str, settings: dict[str, Any], law: 
         ("saliencymix", 0.5, (0, 1), {"alpha": 1, "per": "image"}),
         ("remix", 1, (0, 1), {"alpha": 1, "per": "batch", "kappa": 3, "tau": 0.5}),
         ("unimix", 1, (0, 1), {"alpha": 0.8, "tau": -0.5}),
-        ("otmix", 0.5, (4 / 240, 1), {"alpha": 4, "box": "exact", "per": "batch"}),
-        ("otmix-mixup", 0.5, (4 / 240, 1), {"alpha": 4, "per": "batch"}),
-        ("otmix-saliencymix", 0.5, (4 / 240, 1), {"alpha": 4, "per": "image"}),
+        ("otmix", 0.5, (4 / 240, 237 / 240), {"alpha": 4, "box": "exact", "per": "batch"}),
+        ("otmix-mixup", 0.5, (4 / 240, 237 / 240), {"alpha": 4, "per": "batch"}),
+        ("otmix-saliencymix", 0.5, (4 / 240, 237 / 240), {"alpha": 4, "per": "image"}),
     ],
 )
 def test_a_pixel_rule_runs_with_the_numbers_of_its_paper(
