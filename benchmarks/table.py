@@ -25,7 +25,8 @@ def spread(row: dict[str, Any]) -> str:
 def transport() -> list[str]:
     rows = ["| problem | ours | POT | ratio | target |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in read("transport"):
-        what = f"{row['n']} × {row['n']}, {row['classes']} classes" + (", flat F" if row["flat"] else "")
+        what = f"{row['problems']} of {row['n']} × {row['n']}, {row['classes']} classes"
+        what += ", flat F" if row["flat"] else ""
         ms, count = row["ms"], row["iterations"]
         ours, pot = (f"{ms[side]:.2f} ms, {count[side]} iterations" for side in ("ours", "pot"))
         rows.append(f"| {what} | {ours} | {pot} | {row['ratio']:.3f} ({row['lowest']:.3f} … {row['highest']:.3f}) | "
