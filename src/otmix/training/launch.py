@@ -279,11 +279,9 @@ def _in_one_process(
         launched(make_fabric(config), work, config, reporter)
     except UserError as error:
         lost = isinstance(error, ConnectionLost)
-        written = folder / f"half-{rank}"
+        written, kind = folder / f"half-{rank}", "lost" if lost else "told"
         written.write_text(str(error))
-        written.rename(
-            folder / f"{'lost' if lost else 'told'}-{rank}"
-        )  # whole, even if this process is ended meanwhile
+        written.rename(folder / f"{kind}-{rank}")  # whole, even if this process is ended meanwhile
         raise SystemExit(LOST if lost else 2) from None
     except Interrupted:
         raise SystemExit(SAVED) from None
