@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 
 from otmix import training
@@ -23,6 +25,7 @@ from otmix.experiments import Comparison, ComparisonInterrupted, compare, jobs, 
 from otmix.experiments.compare import _config
 from otmix.experiments.jobs import train_in_processes, write_config
 from otmix.experiments.progress import share_done
+from otmix.experiments.unit_picture import results_picture
 from otmix.experiments.unit_tables import results_table
 from otmix.experiments.units import (
     BEGIN,
@@ -773,6 +776,48 @@ def test_committed_tables_are_those_of_the_committed_units(name: str) -> None:
         pytest.skip(f"{name} has no table of results")
     text = path.read_text(encoding="utf-8")
     assert fill_tables(text, read_units(repository / "results")) == text
+
+
+def test_the_picture_has_the_losses_that_were_trained_alone_and_with_a_mixer(tmp_path: Path) -> None:
+    for method, seed, error in (
+        ("erm", 0, 0.4),
+        ("erm", 1, 0.5),
+        ("otmix", 0, 0.3),
+        ("balms", 0, 0.35),
+        ("balms+cmo", 0, 0.25),
+        ("focal", 0, 0.2),  # alone only
+        ("ldam+otmix", 0, 0.2),  # not alone
+        ("focal+mixup", 0, 0.2),  # neither CMO nor OTmix
+    ):
+        config = replace(BASE, method=method, seed=seed, out=str(tmp_path / "runs" / f"{method}-{seed}"))
+        write_unit(finish_run(config, error), tmp_path)
+    changed = replace(BASE, method="otmix", seed=1, set=Overrides(alpha=1.0), out=str(tmp_path / "runs" / "alpha"))
+    write_unit(finish_run(changed, 0.9), tmp_path)
+    official = replace(BASE, method="otmix", seed=2, protocol="official", out=str(tmp_path / "runs" / "official"))
+    write_unit(finish_run(official, 0.9), tmp_path)
+    (axes,) = results_picture(read_units(tmp_path)).axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["ERM", "BALMS"]
+    assert sorted(text.get_text() for text in axes.texts) == ["25.0", "30.0", "35.0", "45.0"]
+    drawn = sorted(float(y) for dots in axes.collections for _, y in np.asarray(dots.get_offsets()))
+    np.testing.assert_allclose(drawn, [25, 30, 35, 40, 50])
+
+
+def test_the_command_draws_a_picture_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "results.png"
+    assert main([str(tmp_path / "none"), "--picture", str(picture)]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    assert not picture.exists()
+    for method in ("erm", "otmix", "balms", "balms+cmo"):
+        write_unit(finish_run(replace(BASE, method=method, out=str(tmp_path / "runs" / method)), 0.3), tmp_path)
+    assert main([str(tmp_path), "--picture", str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.info["Description"].startswith("4 runs, ")
+
+
+def test_the_committed_picture_is_of_the_committed_units() -> None:
+    repository = Path(__file__).parents[1]
+    with Image.open(repository / "docs" / "results.png") as drawn:
+        assert drawn.info["Description"] == results_picture(read_units(repository / "results")).get_label()
 
 
 def test_recorded_configurations_can_be_read_back(tmp_path: Path) -> None:

@@ -51,20 +51,20 @@ def results_table(units: Iterable[Unit], defaults_only: bool = False) -> str:
     """
     tables: dict[str, list[Unit]] = {}
     for unit in units:
-        if not defaults_only or not _changed(unit):
-            tables.setdefault(_setting(unit), []).append(unit)
+        if not defaults_only or not changed_settings(unit):
+            tables.setdefault(setting_of(unit), []).append(unit)
     if not tables:
         return "No results yet.\n"
-    return "\n".join(_table(tables[key]) for key in sorted(tables, key=lambda key: (_heading(tables[key][0]), key)))
+    return "\n".join(_table(tables[key]) for key in sorted(tables, key=lambda key: (heading(tables[key][0]), key)))
 
 
-def _setting(unit: Unit) -> str:
+def setting_of(unit: Unit) -> str:
     """What is equal within a table."""
     same = {key: value for key, value in unit["config"].items() if key not in _LINE}
     return json.dumps({**same, "data": unit["data"]["title"], "split": unit["split"]}, sort_keys=True)
 
 
-def _heading(unit: Unit) -> str:
+def heading(unit: Unit) -> str:
     config, data = unit["config"], unit["data"]
     parts = [
         f"{data['title']}, imbalance {data['imbalance']:.4g}",
@@ -82,7 +82,7 @@ def _table(units: Sequence[Unit]) -> str:
         lines.setdefault(_order(unit), []).append(unit)
     rule = ["---", "---", *["---:"] * (len(_COLUMNS) - 2)]
     table = [_row(_COLUMNS), _row(rule), *(_row(_cells(seeds)) for seeds in lines.values())]
-    return "\n\n".join([f"### {_heading(units[0])}", "\n".join(table), *_notes(units, list(lines.values()))]) + "\n"
+    return "\n\n".join([f"### {heading(units[0])}", "\n".join(table), *_notes(units, list(lines.values()))]) + "\n"
 
 
 def _check(units: Sequence[Unit]) -> None:
@@ -93,11 +93,11 @@ def _check(units: Sequence[Unit]) -> None:
         first, known = images.setdefault(unit["seed"], (name, unit["data"]["hash"]))
         if known != unit["data"]["hash"]:
             raise UserError(
-                f"{_heading(unit)}: the runs {first} and {name} did not see the same images (data {known} and "
+                f"{heading(unit)}: the runs {first} and {name} did not see the same images (data {known} and "
                 f"{unit['data']['hash']}); remove the unit file of one, or give its data another title (--data-title)"
             )
         if (run := (*_order(unit), unit["seed"])) in runs:
-            raise UserError(f"{_heading(unit)}: there are two unit files of {name}; remove one")
+            raise UserError(f"{heading(unit)}: there are two unit files of {name}; remove one")
         runs.add(run)
 
 
@@ -108,14 +108,14 @@ def _order(unit: Unit) -> tuple[Any, ...]:
     method = unit["method"]
     protocol = ("clean", "paper", "official").index(unit["config"]["protocol"])
     settings = json.dumps(unit["settings"], sort_keys=True)
-    return "+" in method, "-drw" in method, method, protocol, _changed(unit), settings
+    return "+" in method, "-drw" in method, method, protocol, changed_settings(unit), settings
 
 
 def _cells(seeds: Sequence[Unit]) -> list[str]:
     first = seeds[0]
     found = [unit["evaluation"] for unit in seeds]
     marks = (" †" if len(seeds) == 1 else "") + (" ‡" if any(unit["looks_at_test"] for unit in seeds) else "")
-    changed = _changed(first)
+    changed = changed_settings(first)
     return [
         first["title"] + marks,
         first["config"]["protocol"] + (f"; {changed}" if changed else ""),
@@ -128,7 +128,7 @@ def _cells(seeds: Sequence[Unit]) -> list[str]:
     ]
 
 
-def _changed(unit: Unit) -> str:
+def changed_settings(unit: Unit) -> str:
     """The settings of a run that are not today's defaults of its protocol, then or not: "alpha 1.0, box clipped"."""
     config = unit["config"]
     try:

@@ -1,9 +1,10 @@
 """Unit files: the facts of one finished run each, small enough to be committed. Every published number comes from them.
 
-    python -m otmix.experiments.units RESULTS_DIR [--add RUN_DIR ...] [--readme FILE ...]
+    python -m otmix.experiments.units RESULTS_DIR [--add RUN_DIR ...] [--readme FILE ...] [--picture PNG]
 
 adds finished runs to RESULTS_DIR/units and fills the part of each FILE between the two marks with tables: of all runs,
-or, after the mark that ends in "defaults", of those that changed no setting of their method.
+or, after the mark that ends in "defaults", of those that changed no setting of their method. PNG shows what CMO and
+OTmix make of each loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 
 from otmix.config import RunConfig
 from otmix.errors import UserError
+from otmix.experiments.unit_picture import results_picture
 from otmix.experiments.unit_tables import results_table
 from otmix.files import read_json, write_text
+from otmix.reports.figures import save
 from otmix.training import is_finished
 from otmix.training.records import read_config, read_settings
 
@@ -148,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", type=Path, nargs="+", default=[], metavar="FILE", help=f"Markdown files with {BEGIN} and {END}"
     )
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw each loss alone, with CMO and with OTmix")
     options = parser.parse_args(arguments)
     try:
         for run_dir in options.add:
@@ -157,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not path.is_file():
                 raise UserError(f"there is no file {path}; create it with the lines {BEGIN} and {END}")
             write_text(path, fill_tables(path.read_text(encoding="utf-8"), units, str(path)))
-        if not options.add and not options.readme:
+        if options.picture is not None:
+            save(results_picture(units), options.picture)
+        if not options.add and not options.readme and not options.picture:
             sys.stdout.write(results_table(units))
     except UserError as error:
         sys.stderr.write(f"{error}\n")

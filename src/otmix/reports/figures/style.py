@@ -56,12 +56,14 @@ def finish(figure: Figure) -> Figure:
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG; equal figures give equal bytes."""
+    """The figure as a PNG, its label as the description in it; equal figures give equal bytes."""
     buffer = io.BytesIO()
+    label = str(figure.get_label())
+    metadata = {"Software": None, **({"Description": label} if label else {})}
     with warnings.catch_warnings():
         # a script without an installed font is drawn as boxes; the page and the tables still have the name
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 
 
