@@ -73,7 +73,8 @@ class How:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function) if self.compile else function
+        mode = "reduce-overhead" if self.device == "cuda" else None  # with CUDA graphs, as ours
+        return torch.compile(function, dynamic=False, mode=mode) if self.compile else function
 
 
 class Epochs:

@@ -1,6 +1,9 @@
 """The solver against POT's float64 log solver, and against what must hold of any plan."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -229,11 +232,101 @@ def test_bad_arguments_are_named(cost: Tensor, options: dict[str, object], messa
         sinkhorn(cost, **options)  # type: ignore[arg-type]
 
 
+def test_the_kernel_for_cuda_finds_the_same_plans() -> None:
+    """Triton's interpreter runs it on the CPU; it must be asked for before the kernel is made."""
+    pytest.importorskip("triton")
+    program = [sys.executable, __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "agree"
+
+
+def kernel_agrees() -> None:
+    """What the test above runs."""
+    from otmix.transport import fused
+
+    for name, epsilon in (("10 classes", 0.01), ("more foregrounds", 0.005), ("one class", 0.01), ("constant", 0.1)):
+        cost = COSTS[name]
+        f, m = cost.shape
+        a, b = torch.full((f,), 1 / f), torch.full((m,), 1 / m)
+        found = Plan(*fused.solve(cost, a, b, torch.tensor(True), epsilon, 300, 1e-4))
+        want = sinkhorn(cost, epsilon=epsilon, max_iterations=300)
+        assert bool(found.converged), name
+        assert abs(int(found.iterations) - int(want.iterations)) <= 24
+        torch.testing.assert_close(found.coupling, want.coupling, rtol=2e-2, atol=1e-6)
+        assert_same_potentials(found, want)
+    # several problems, empty masses, iterations that end within a block
+    cost = torch.stack([eq_7(20, 17, 5, 1), eq_7(20, 17, 5, 2)])
+    a = torch.tensor([0.0, *[1 / 19] * 19]).expand(2, 20)
+    b = torch.tensor([*[1 / 15] * 15, 0.0, 0.0]).expand(2, 17)
+    found = Plan(*fused.solve(cost, a, b, torch.tensor([True, False]), 0.05, 8, 1e-7))
+    want = sinkhorn(cost, a, b, epsilon=0.05, max_iterations=8, tolerance=1e-7)
+    assert found.iterations.tolist() == want.iterations.tolist() == [8, 8]
+    assert found.converged.tolist() == [False, False]
+    assert math.isinf(float(found.marginal_error[1]))
+    torch.testing.assert_close(found.coupling, want.coupling, rtol=1e-3, atol=1e-7)
+    assert_same_potentials(found, want)
+    # a kernel that underflows without absorbed potentials, and masses of very different size
+    cost = 40 * uniform(33, 20, 7)
+    a = torch.arange(1.0, 34.0) ** 3
+    a /= a.sum()
+    b = torch.full((20,), 1 / 20)
+    found = Plan(*fused.solve(cost, a, b, torch.tensor(True), 0.1, 600, 1e-4))
+    want = sinkhorn(cost, a, b, epsilon=0.1, max_iterations=600)
+    assert bool(found.converged) == bool(want.converged)
+    torch.testing.assert_close(found.coupling, want.coupling, rtol=5e-2, atol=1e-5)
+
+
+def assert_same_potentials(found: Plan, want: Plan) -> None:
+    """Up to a constant that one gains and the other loses; −∞ at the same places."""
+    pairs = (
+        (found.foreground_potential, want.foreground_potential),
+        (found.background_potential, want.background_potential),
+    )
+    means = []
+    for x, y in pairs:
+        assert torch.equal(x.isinf(), y.isinf())
+        change = torch.where(x.isinf(), 0.0, x - y)
+        mean = change.sum(-1) / x.isfinite().sum(-1)
+        assert float(torch.where(x.isinf(), 0.0, change - mean[..., None]).abs().max()) < 2e-4
+        means.append(mean)
+    assert float((means[0] + means[1]).abs().max()) < 2e-4
+
+
 @pytest.mark.gpu
-def test_cuda_agrees_and_can_be_captured() -> None:
+@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("name", COSTS)
+def test_cuda_finds_the_plan_of_the_cpu(name: str, epsilon: float) -> None:
+    cost = COSTS[name]
+    want, found = (sinkhorn(c, epsilon=epsilon, max_iterations=900) for c in (cost, cost.cuda()))
+    assert bool(found.converged)
+    torch.testing.assert_close(found.coupling.cpu(), want.coupling, rtol=5e-2, atol=2e-6)
+    several = sinkhorn(torch.stack([cost, cost.flip(0)]).cuda(), epsilon=epsilon, max_iterations=900)
+    torch.testing.assert_close(several.coupling[1].flip(0).cpu(), want.coupling, rtol=5e-2, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [100, 256, 300])
+def test_cuda_does_not_wait_whatever_the_size(side: int) -> None:
+    cost = eq_7(side, side, 10, 0).cuda()
+    sinkhorn(cost)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = sinkhorn(cost, max_iterations=600)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(plan.converged)
+    assert_same_potentials(
+        Plan(*(part.cpu() for part in vars(plan).values())), sinkhorn(cost.cpu(), max_iterations=600)
+    )
+
+
+@pytest.mark.gpu
+def test_cuda_can_be_captured() -> None:
     cost = COSTS["10 classes"].cuda()
     plan = sinkhorn(cost)
-    torch.testing.assert_close(plan.coupling.cpu(), sinkhorn(cost.cpu()).coupling, atol=1e-5, rtol=1e-2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = sinkhorn(cost)
@@ -269,3 +362,8 @@ def test_the_solver_of_other_devices_marks_what_is_not_finite() -> None:
 def test_favourites_are_the_largest_entries() -> None:
     plan = sinkhorn(torch.stack([COSTS["10 classes"], COSTS["100 classes"]]))
     assert torch.equal(plan.favourites, plan.coupling.argmax(-1))
+
+
+if __name__ == "__main__":  # by test_the_kernel_for_cuda_finds_the_same_plans
+    kernel_agrees()
+    print("agree")

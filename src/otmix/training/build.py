@@ -19,7 +19,7 @@ from otmix.training.confusion_setup import build_confusion_source, fixed_confusi
 from otmix.training.launch import lightning_quietly
 from otmix.training.loop import RunState
 from otmix.training.reporter import Reporter
-from otmix.training.setup import Forward, Plan, build_optimizer, embed_maker
+from otmix.training.setup import Forward, Plan, build_optimizer, compiled, embed_maker
 from otmix.training.stage import StepState
 from otmix.training.tally import Tally
 from otmix.training.watching import watch, watched_splits
@@ -46,7 +46,7 @@ def build_run(
     optimizer = build_optimizer(model, stage.optimizer)
     forward_module: torch.nn.Module = Forward(model)
     if config.compile:
-        forward_module = torch.compile(forward_module)  # type: ignore[assignment]  # an OptimizedModule is a Module
+        forward_module = compiled(forward_module, fabric)
     with lightning_quietly():
         wrapped, optimizer = fabric.setup(forward_module, optimizer)
 

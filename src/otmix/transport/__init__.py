@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -39,9 +42,9 @@ def sinkhorn(
     1e-3 the largest entry of each row is settled, at 1e-4 the objective is right to about 1e-4 of its value; float32
     also rounds C, which changes T by a factor of 1 ± 6e-8 · max|C|/ε. A potential is −∞ where the mass is zero.
 
-    On the CPU a problem ends with the first block of `BLOCK` iterations that has converged. Other devices run all
-    `max_iterations`, the converged problems unchanged, so that nothing waits for the device and a CUDA graph can
-    capture the call.
+    On the CPU a problem ends with the first block of `BLOCK` iterations that has converged; so does, within one kernel,
+    a float32 problem of up to 256 × 256 on CUDA. Other devices and problems run all `max_iterations`, the converged
+    ones unchanged. Nothing waits for the device, and a CUDA graph can capture the call.
 
     Method: Sinkhorn's scaling of a kernel that absorbs the scalings when they grow (Schmitzer 2019, SIAM J. Sci.
     Comput. 41, algorithm 2), so neither leaves the range of the floats. After each block ln v is extrapolated from its
@@ -65,7 +68,7 @@ def sinkhorn(
         with torch.autocast(cost.device.type, enabled=False):
             valid = cost.isfinite().flatten(-2).all(-1) & a_valid & b_valid
             cost = torch.where(valid[..., None, None], cost, 0.0)
-            return Plan(*batched.solve(cost, a, b, valid, epsilon, max_iterations, tolerance))
+            return Plan(*_solver(cost)(cost, a, b, valid, epsilon, max_iterations, tolerance))
     # by NumPy: PyTorch's threads would still be spinning for work when BLAS wants their cores
     numbers = cost.numpy()
     low, high = float(numbers.min()), float(numbers.max())
@@ -80,6 +83,21 @@ def sinkhorn(
         plans = [single.solve(c, x, y, largest, epsilon, max_iterations, tolerance) for c, x, y in zip(*each)]
     stacked = (np.stack([np.asarray(one) for one in part]) for part in zip(*plans))
     return Plan(*(torch.from_numpy(part.reshape(problems + part.shape[1:])) for part in stacked))
+
+
+def _solver(cost: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """The fastest solver for problems on this device."""
+    if cost.device.type == "cuda" and cost.numel() and _has_triton():
+        from otmix.transport import fused
+
+        if fused.fits(cost):
+            return fused.solve
+    return batched.solve
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None  # PyTorch brings it along on Linux
 
 
 def _check_settings(cost: Tensor, epsilon: float, max_iterations: int, tolerance: float) -> None:
