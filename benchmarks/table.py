@@ -34,9 +34,9 @@ def transport() -> list[str]:
     return rows
 
 
-def training() -> list[str]:
+def training(*files: str) -> list[str]:
     rows = ["| what | ours | other | time ratio | target |", "| --- | ---: | ---: | ---: | --- |"]
-    for file in ("training", "training-paper"):
+    for file in files:
         for row in read(file)["rows"]:
             ratio = f"{row['time_ratio']:.2f} ({row['lowest']:.2f} … {row['highest']:.2f})"
             target = row["target"].replace(">=", "≥").replace("<=", "≤")
@@ -76,13 +76,16 @@ def threads() -> list[str]:
 
 
 def main() -> None:
-    of = read("training")
+    of, on_cuda = read("training"), read("training-cuda")
     lines = [
         f"CPU, {of['threads']} threads, torch {of['torch']}, {of['precision']} where a network runs. "
         "Ratios are ours / other, median (smallest … largest) of the rounds. Rows are of different days on shared "
         "machines: compare their ratios, not their times.",
         "", "### transport.py", "", *transport(),
-        "", "### training.py", "", *training(),
+        "", "### training.py", "", *training("training", "training-paper"),
+        "", "### training.py --device cuda --compile --steps 97, on an H200", "",
+        f"{on_cuda['threads']} threads, torch {on_cuda['torch']}, {on_cuda['precision']}; the targets are the CPU's.",
+        "", *training("training-cuda"),
         "", "### mixing.py: against torchvision's CutMix", "", *mixing(),
         "", "### losses.py: time in multiples of `F.cross_entropy`'s, memory beyond its in multiples of the logits", "",
         *losses(),
