@@ -14,7 +14,6 @@ from otmix.evaluation import (
     Evaluation,
     evaluate_predictions,
     expected_calibration_error,
-    format_percent,
     predict_probabilities,
 )
 from otmix.models import build_model
@@ -207,10 +206,3 @@ def test_predicting_nothing_is_an_error_and_restores_the_model() -> None:
     with pytest.raises(ValueError, match="no images"):
         predict_probabilities(model, [])
     assert all(module.training for module in model.modules())
-
-
-def test_percentages() -> None:
-    assert format_percent(0.42371) == "42.4"
-    assert format_percent(0.42371, 2) == "42.37"
-    assert format_percent(0.0) == "0.0"
-    assert format_percent(None) == "–"

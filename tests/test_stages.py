@@ -53,13 +53,13 @@ def test_resumes_in_either_stage(tmp_path: Path, stop_after: int, monkeypatch: p
     train(replace(CONFIG, out=str(tmp_path / "whole")))
     asked = 0
 
-    def agreed(self: StopRequest, fabric: object) -> bool:
+    def agreed(self: StopRequest, fabric: object, other: bool) -> list[bool]:
         nonlocal asked
         asked += 1
-        return asked == stop_after
+        return [asked == stop_after, other]
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "agreed", agreed)
+        patch.setattr(StopRequest, "agreed_with", agreed)
         with pytest.raises(Interrupted):
             train(replace(CONFIG, out=str(tmp_path / "half")))
     train(replace(CONFIG, out=str(tmp_path / "half"), resume=True))

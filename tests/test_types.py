@@ -262,14 +262,6 @@ def test_unmixed_is_the_batch_with_its_own_labels() -> None:
     torch.testing.assert_close(plain.loss(per_image, output), cross_entropy(output, batch.items.labels))
 
 
-def test_with_images_changes_the_images_alone() -> None:
-    mixed = a_mix()
-    other = mixed.with_images(mixed.images * 2)
-    assert torch.equal(other.images, mixed.images * 2)
-    assert other.target is mixed.target
-    assert other.image_share is mixed.image_share
-
-
 @pytest.mark.parametrize(("labels", "shares"), [((3,), (3,)), ((3, 2), (3, 1)), ((3, 2), (2, 2))])
 def test_target_refuses_shapes_that_differ(labels: tuple[int, ...], shares: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[B,S\]"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from otmix.losses import LOSSES, Criterion, register_loss
     from otmix.methods import Method, parse_method
     from otmix.mixer import BatchMixer, MixSchedule
-    from otmix.mixing import CutMix, Mixer, Mixup
+    from otmix.mixing import CutMix, Mixer, Mixup, register_mixer
     from otmix.models import Classifier, build_model, embed, make_embed
     from otmix.own_loop import OTMixer
     from otmix.pairing import (
@@ -69,7 +69,7 @@ _FROM: dict[str, tuple[str, ...]] = {
     "losses": ("LOSSES", "Criterion", "register_loss"),
     "methods": ("Method", "parse_method"),
     "mixer": ("BatchMixer", "MixSchedule"),
-    "mixing": ("CutMix", "Mixer", "Mixup"),
+    "mixing": ("CutMix", "Mixer", "Mixup", "register_mixer"),
     "models": ("Classifier", "build_model", "embed", "make_embed"),
     "own_loop": ("OTMixer",),
     "pairing": (
@@ -149,6 +149,7 @@ __all__ = [
     "parse_method",
     "predict_paths",
     "register_loss",
+    "register_mixer",
     "sinkhorn",
     "train",
 ]

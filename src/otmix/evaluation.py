@@ -150,11 +150,6 @@ def predict_probabilities(
     return torch.cat(parts), together.labels, together.index
 
 
-def format_percent(fraction: float | None, digits: int = 1) -> str:
-    """0.4237 → "42.4"; nothing measured → "–", never 0 or NaN."""
-    return "–" if fraction is None else f"{100 * fraction:.{digits}f}"
-
-
 def _group_error(
     images: Tensor, right: Tensor, counts: ClassCounts | None, many: int, few: int
 ) -> dict[ShotGroup, float | None]:

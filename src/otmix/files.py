@@ -54,8 +54,8 @@ def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -
         reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
         return UserError(f"cannot write {path}: {reason}; choose another folder with {flag}")
     return UserError(
-        f"the disk is full, so {path} was not written; what was there before is kept: free some space, then go on "
-        "with --resume"
+        f"the disk is full, so {path} was not written; what was there before is kept: free some space, then give the "
+        "same command again, to train with --resume"
     )
 
 
@@ -66,7 +66,8 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda stream: stream.write(text.encode()))
+    # a file name that is no UTF-8 keeps its bytes in Python's strings, and is shown by their numbers
+    write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -39,6 +39,10 @@ class MixSchedule:
                 f"the window of mixing must be two rising fractions of the run within [0, 1], it is {self.window}"
             )
 
+    def reaches(self, epochs: int) -> bool:
+        """Whether any of so many epochs lies in the window."""
+        return any(self.window[0] <= epoch / epochs < self.window[1] for epoch in range(epochs))
+
     def mixes(self, moment: Moment) -> bool:
         """Whether this step's batch is mixed: a function of the moment alone, the same on every process."""
         if not self.window[0] <= moment.progress < self.window[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -45,11 +45,16 @@ class OTMixer:
         model: a module that returns an `Output`, or a function `images -> (features [B,D], logits [B,K])`. It is looked
             at in eval mode, without gradient, and left as it was.
         labels: `[N]`, the labels of the training set, in the order of its indices.
-        epochs: how many there will be; transport replaces random pairing with probability (t/T) in epoch t of T.
+        epochs: how many there will be; transport replaces random pairing with probability (t/T) in epoch t of T. The
+            first 1.7 % and the last 1.3 % of them are not mixed (`schedule`), nor is what comes after the last.
         pairing, pixels, schedule: other rules than the defaults, which are the library's `clean` protocol.
         r: exponent of the foreground classes, q_k ~ n_k^-r (eq. 3).
         rank, world: the place of this process among several. Where torch.distributed is initialised, `end_epoch` adds
             up what all of them have seen, so all call it; else each has a confusion matrix of its own.
+
+    Images may be normalised; only SaliencyMix wants them in [0, 1]. The mixer may be called inside autocast or outside:
+    it looks at the model in the precision of the moment, and solves transport in float32. Of a network in
+    DistributedDataParallel give the inner one (`ddp.module`), or a function that calls it.
 
     Raises UserError when labels and settings do not fit.
     """
@@ -80,12 +85,18 @@ class OTMixer:
             pixels or CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per),
             schedule or MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction),
         )
+        if not (window := self.batch_mixer.schedule).reaches(epochs):
+            raise UserError(
+                f"OTMixer would mix nothing: none of {epochs} epochs begins within the window {window.window} of the "
+                "training; give more epochs, or schedule=MixSchedule(0.5)"
+            )
         self.epoch, self.step = 0, 0
         self.confusion: Confusion | None = None
         self.counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin(), decay=STREAM_DECAY)
 
     @property
     def moment(self) -> Moment:
+        """Where in the training the next call is."""
         return Moment(self.seed, 0, min(self.epoch, self.epochs - 1), self.epochs, self.step, self.rank)
 
     def __call__(self, background: LabelledImages, foreground: LabelledImages) -> Mixed:
@@ -115,16 +126,20 @@ class OTMixer:
         """Call after each epoch: estimates the confusion matrix for the next one, and moves on.
 
         From what the epoch's backgrounds showed, or, if given, from a pass over `validation`, batches of images that
-        are not trained on.
+        are not trained on; they are moved to where the training batches are. Of several processes each may pass all
+        of them or its part.
         """
         counter = self.counter
         if validation is not None:
-            counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin("validation", "all", None, soft=False))
-            for images, labels in validation:
-                self._check(labels)
-                seen = embed(self.model, images, Items(labels))
+            counter.table.scale(counter.decay)  # what was streamed meanwhile fades, as it would have
+            device, origin = counter.table.device, ConfusionOrigin("validation", "all", None, soft=False)
+            counter = ConfusionCounter(self.counts.num_classes, origin, device=device)
+            for labelled in validation:
+                self._check(labelled[1])
+                batch = _batch(labelled, device)
+                seen = embed(self.model, batch.images, batch.items)
                 assert seen.log_probabilities is not None
-                counter.add(labels, seen.log_probabilities)
+                counter.add(batch.items.labels, seen.log_probabilities)
         together = self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
         estimate = counter.estimate(_over_all_processes if together else None)
         if estimate is not None:
@@ -135,8 +150,14 @@ class OTMixer:
         """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
         collate_fn, …).
 
-        What it draws follows the mixer's epoch, so a resumed mixer resumes it too.
+        What it draws follows the mixer's epoch, so a resumed mixer resumes it too. Raises UserError for a dataset that
+        has not one image for each label that OTMixer was given.
         """
+        if isinstance(dataset, Sized) and len(dataset) != len(self.labels):
+            raise UserError(
+                f"the foreground dataset has {len(dataset)} images, but OTMixer was given {len(self.labels)} labels; "
+                "give both of the same images, in the same order"
+            )
         return DataLoader(dataset, batch_size=batch_size, sampler=_ForegroundSampler(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -164,6 +185,9 @@ class OTMixer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with the same labels, epochs, seed and processes. Raises UserError for
+        another number of classes.
+        """
         if state["counts"].shape[0] != self.counts.num_classes:
             raise UserError(
                 f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "

@@ -5,7 +5,7 @@ classes, `D` features, `S` labels per image (2 in a mix of two), `C H W` image.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -114,9 +114,11 @@ class Items:
         return Items(self.labels[which], None if self.index is None else self.index[which])
 
     def to(self, device: torch.device | str) -> Items:
+        """On a device, without waiting for it; on the CPU, once they are there."""
+        later = torch.device(device).type != "cpu"
         return Items(
-            self.labels.to(device, non_blocking=True),
-            None if self.index is None else self.index.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=later),
+            None if self.index is None else self.index.to(device, non_blocking=later),
         )
 
     @classmethod
@@ -352,6 +354,3 @@ class Mixed:
     def soft_labels(self, num_classes: int) -> Tensor:
         """Class probabilities `[B,K]` of the mixes, for losses that take soft labels."""
         return self.target.soft_labels(num_classes)
-
-    def with_images(self, images: Tensor) -> Mixed:
-        return replace(self, images=images)

@@ -5,19 +5,17 @@ Each is a typed function that returns the exit code; what is heavy is imported w
 
 from __future__ import annotations
 
-import difflib
 import io
 import json as json_module
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, TextIO
 
 from otmix.cli.arguments import GROUPS, Only
 from otmix.config import RunConfig
-from otmix.errors import UserError
 from otmix.extensions import import_files
+from otmix.methods import check_settings
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 COMPARED = Only(tuple(name for names in GROUPS.values() for name in names if name not in ("method", "out", "resume")))
@@ -38,7 +36,7 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
         otmix train --resume --out runs/a                       go on
     """
     import_files(imports)
-    check_settings(config, [config.method])
+    check_settings(config.set, config.protocol, [config.method])
     from otmix.display import make_reporter
     from otmix.training import Interrupted, run_dir_of
     from otmix.training import train as train_run
@@ -84,7 +82,7 @@ def compare(
         otmix compare erm otmix --data folder --root photos --seeds 5 --jobs 2
     """
     import_files(imports)
-    check_settings(config, methods)
+    check_settings(config.set, config.protocol, methods)
     from otmix.display import make_reporter, print_table, stdout_console
     from otmix.experiments import compare as compare_methods
     from otmix.reports.page import write_comparison_page
@@ -203,22 +201,3 @@ def predict(
     else:
         write_atomic(out, write_bytes)
     return 0
-
-
-def check_settings(config: RunConfig, names: Sequence[str]) -> None:
-    """Raises UserError for an unknown method, a setting out of range, or one that changes none of the methods."""
-    from otmix.methods import parse_method
-
-    methods = [parse_method(name) for name in names]
-    read = {setting for method in methods for setting in (*method.setting_names, *method.part_settings)}
-    for setting in config.set.to_dict():
-        if setting not in read:
-            titles = ", ".join(method.name for method in methods)
-            close = difflib.get_close_matches(setting, read, n=1)
-            hint = f"did you mean --set.{close[0]}?" if close else f"`otmix methods {names[0]}` shows what can be set"
-            raise UserError(f"--set.{setting} changes nothing for {titles}; {hint}")
-    for method in methods:
-        method.protocol(config.protocol, config.set)  # raises where a value is out of range
-        for key, known in method.part_settings.items():
-            if key in config.set.parts:
-                known.convert(config.set.parts[key], f"--set.{key}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from otmix.data import ImageDataset
     from otmix.methods import Method
 
-DATA = Only((*GROUPS["data"], "backbone", "seed"))
+DATA = Only((*GROUPS["data"], "backbone"))
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _MOST_CLASSES = 200

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from otmix.training.setup import Plan
     from otmix.types import Batch, Confusion, Embed, Items
 
-PREVIEWED = Only((*GROUPS["data"], "protocol", "set", *GROUPS["model"], "batch_size", "seed"))
+PREVIEWED = Only((*GROUPS["data"], "method", "protocol", "set", *GROUPS["model"], "batch_size", "seed"))
 COLUMNS = 12
 CONFUSION_IMAGES = 1000
 """Training images that F is estimated from, for a picture of what a finished run would do."""
@@ -134,9 +134,8 @@ def from_run(config: RunConfig, run_dir: Path, dataset: ImageDataset) -> Preview
             f"{run_dir} was trained on other classes or another image size than {dataset.name} has here; use its own"
         )
     # the weights come from the run, so none are fetched
-    plan = prepare(
-        _with_transport(replace(config, pretrained=False, weights=None, backbone=run.config.backbone)), dataset
-    )
+    config = replace(config, pretrained=False, weights=None, backbone=run.config.backbone)
+    plan = prepare(_with_transport(config), dataset)
     return Previewed(replace(plan, model=run.model), f"the run {run_dir.name}", trained=True)
 
 
@@ -162,10 +161,15 @@ def untrained_or_pretrained(config: RunConfig, dataset: ImageDataset) -> Preview
 
 
 def _with_transport(config: RunConfig) -> RunConfig:
-    """The same loss with OTmix, for a run of another method."""
-    from otmix.methods import parse_method
+    """The same loss and pixel rule with transport, for a run of another method; BBN's loss without its branches."""
+    from otmix.methods import check_settings, parse_method
 
-    return replace(config, method=replace(parse_method(config.method), mixer="otmix").name)
+    method = parse_method(config.method)
+    mixer = "otmix" if method.pixels in (None, "cutmix") else f"otmix-{method.pixels}"
+    architecture = "plain" if method.architecture == "bbn" else method.architecture
+    method = replace(method, mixer=mixer, architecture=architecture)
+    check_settings(config.set, config.protocol, [config.method, method.name])
+    return replace(config, method=method.name, set=method.only_own(config.set))
 
 
 def _embed(plan: Plan, fetch: Callable[[Items], Batch]) -> Embed:

@@ -283,6 +283,6 @@ def _digest(source: ImageSource) -> str:
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
         stamp = source.stamp(i)
-        digest.update(f"{source.name_of(i)}\0{label}\0{len(stamp)}\0".encode())
+        digest.update(f"{source.name_of(i)}\0{label}\0{len(stamp)}\0".encode(errors="surrogateescape"))
         digest.update(stamp)
     return digest.hexdigest()

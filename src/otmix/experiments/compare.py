@@ -17,7 +17,7 @@ from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.files import make_folder_of, read_json
-from otmix.methods import Method, parse_method
+from otmix.methods import Method, check_settings, parse_method
 from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
@@ -90,8 +90,7 @@ def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> 
         raise UserError(
             "name at least one method to compare, e.g. `otmix compare erm cmo otmix`; `otmix methods` lists them all"
         )
-    for method in chosen:
-        method.protocol(base.protocol, base.set)  # raises where a setting is out of range
+    check_settings(base.set, base.protocol, methods)
     return chosen
 
 

@@ -15,7 +15,10 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from otmix.config import RunConfig
+from otmix.training.launch import cores
 from otmix.training.processes import StopRequest
+from otmix.training.records import COMMAND
+from otmix.training.records import command as recorded_command
 
 POLL_SECONDS = 0.2
 
@@ -74,11 +77,6 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]) -> _Child:
     assert config.out is not None  # compare names the folder of every run
     run_dir = Path(config.out)
@@ -91,6 +89,7 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
         "MKL_NUM_THREADS": threads,
         "COLUMNS": "2000",
         "NO_COLOR": "1",
+        COMMAND: recorded_command(),
     }
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_name(f"{run_dir.name}.log")

@@ -1,5 +1,6 @@
 """Every row of the paper's tables as a value, and the grammar of their names."""
 
+from otmix.methods.checking import check_read, check_settings
 from otmix.methods.method import Method, base_name, experts, loss_part, mixer_part
 from otmix.methods.names import all_methods, known_losses, known_mixers, parse_method, protocol_differences
 from otmix.methods.parts import (
@@ -10,6 +11,7 @@ from otmix.methods.parts import (
     PAIRINGS,
     PIXEL_PARTS,
     REBALANCING_PARTS,
+    PairingName,
     Part,
 )
 
@@ -22,9 +24,12 @@ __all__ = [
     "PIXEL_PARTS",
     "REBALANCING_PARTS",
     "Method",
+    "PairingName",
     "Part",
     "all_methods",
     "base_name",
+    "check_read",
+    "check_settings",
     "experts",
     "known_losses",
     "known_mixers",

@@ -130,7 +130,10 @@ def looking(
         return Output(output.logits.float(), _float(output.features), _float(output.expert_logits))
 
     networks = networks_of(model)
-    with eval_mode(*networks) if networks else eval_mode_when_called(), torch.no_grad():
+    # what a function reaches in ways that cannot be seen beforehand is put into eval mode when it is called, unless
+    # there is a compiled network, which would be compiled anew for the hook
+    seen = isinstance(model, nn.Module) or any("_orig_mod" in network._modules for network in networks)
+    with eval_mode(*networks), nullcontext() if seen else eval_mode_when_called(), torch.no_grad():
         try:
             yield look
         finally:

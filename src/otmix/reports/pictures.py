@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from otmix.methods import PairingName, parse_method
 from otmix.reports.record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_CONFUSION = 400  # classes up to which a picture of the confusion shows more than its diagonal
+MAX_CONFUSION = 400  # classes up to which a picture of a K × K table shows more than its diagonal
+_OTHERS: dict[PairingName | None, str] = {
+    "within-batch": "partner within the batch",
+    "confusion": "background by the confusion",
+}
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,11 @@ def mixing_pictures(record: RunRecord) -> Iterator[Picture]:
         )
         yield Picture(plan, caption)
     index, transport = record.index_pairs, record.transport_pairs
-    if index.sum() + transport.sum() > 0:
+    if index.sum() + transport.sum() > 0 and len(record.class_names) <= MAX_CONFUSION:
         caption = "Classes of foregrounds (rows) and of the backgrounds that they were pasted into (columns)."
-        yield Picture.of(pair_counts_figure(index, transport, record.class_names), caption, wide=True)
+        method = record.result.get("method")
+        other = _OTHERS.get(parse_method(method).pairing, "random background") if method else "random background"
+        yield Picture.of(pair_counts_figure(index, transport, record.class_names, other), caption, wide=True)
 
 
 def curve_pictures(record: RunRecord) -> Iterator[Picture]:

@@ -10,7 +10,7 @@ from otmix.confusion import ConfusionCounter, perturb
 from otmix.data import ImageStore, open_store
 from otmix.randomness import generator
 from otmix.training.confusion_source import STREAM_DECAY, ConfusionSource, as_items, balanced_subset, confusion_origin
-from otmix.training.setup import Plan, split_of
+from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Confusion
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def _source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSou
         shuffle, noise = protocol.confusion_shuffle, protocol.confusion_noise
         return perturb(found, shuffle, noise, generator(config.seed, "wrong-confusion"))
 
-    source = partial(ConfusionSource, fabric, counter, perturb=wrong)
+    size = looking_batch(plan, fabric)
+    source = partial(ConfusionSource, fabric, counter, batch_size=size, perturb=wrong)
     if streamed:
         return source()
     if origin.split == "train":

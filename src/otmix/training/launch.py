@@ -116,16 +116,23 @@ def make_fabric(config: RunConfig) -> Fabric:
     return fabric
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
-def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
-    """On a CPU no more threads than one for each `PIXELS_A_THREAD` of the `pixels` of a process's step.
+def threads_for(pixels: int, device: torch.device, processes: int = 1) -> Iterator[None]:
+    """On a CPU no more threads than one for each `PIXELS_A_THREAD` of the `pixels` of a process's step, nor than this
+    one's part of the cores where `processes` run on the machine.
 
     More would save little: they wait for each other after each operation, and where another program has taken one of
     their cores, they wait for that as well, several times as long as the whole step takes alone.
     """
     before = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(min(before, max(1, pixels // PIXELS_A_THREAD)))
+        mine = before if processes == 1 else min(before, max(1, cores() // processes))
+        torch.set_num_threads(min(mine, max(1, pixels // PIXELS_A_THREAD)))
     try:
         yield
     finally:
@@ -173,7 +180,7 @@ def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Pat
         arguments = (work, config, reporter, Path(folder), tuple(IMPORTED), _port(fabric), strict)
         with stop.listening():
             failures = _failures(_start(config.devices, arguments), stop)
-        told, lost = ([file.read_text() for file in Path(folder).glob(f"{kind}-*")] for kind in ("told", "lost"))
+        told, lost = ([file.read_text("utf-8") for file in Path(folder).glob(f"{kind}-*")] for kind in ("told", "lost"))
     codes = {getattr(failure, "exit_code", None) for failure in failures}
     if told:
         raise UserError(told[0])
@@ -280,7 +287,7 @@ def _in_one_process(
     except UserError as error:
         lost = isinstance(error, ConnectionLost)
         written, kind = folder / f"half-{rank}", "lost" if lost else "told"
-        written.write_text(str(error))
+        written.write_text(str(error), "utf-8")
         written.rename(folder / f"{kind}-{rank}")  # whole, even if this process is ended meanwhile
         raise SystemExit(LOST if lost else 2) from None
     except Interrupted:

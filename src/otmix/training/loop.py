@@ -71,7 +71,6 @@ class RunState:
     reporter: Reporter
     watch: Watch
     checkpoint_minutes: float
-    compiled: bool = False
     epoch: int = 0
     step: int = 0
     confusion: Confusion | None = None
@@ -132,14 +131,14 @@ def train_epoch(run: RunState) -> None:
         if now - shown > SHOW_EVERY_SECONDS and (run.fabric.device.type == "cpu" or step % 50 == 49):
             shown = now
             _show(run, len(batches), already)
-        if run.step < len(batches):  # at the end of an epoch a checkpoint follows anyway
-            several = run.fabric.world_size > 1
-            if (not several or step % 10 == 9) and run.stop.agreed(run.fabric):  # asking the others takes time
-                save(run)
-                raise Interrupted(run.run_dir)
-            if not several and now - saved > 60 * run.checkpoint_minutes:
+        # at the end of an epoch a checkpoint follows anyway; asking the other processes takes time
+        if run.step < len(batches) and (run.fabric.world_size == 1 or step % 10 == 9):
+            stop, due = run.stop.agreed_with(run.fabric, now - saved > 60 * run.checkpoint_minutes)
+            if stop or due:
                 saved = now
                 save(run)
+            if stop:
+                raise Interrupted(run.run_dir)
 
 
 def finish_epoch(run: RunState) -> None:

@@ -46,6 +46,7 @@ def finish(run: RunState, plan: Plan) -> None:
         "protocol": config.protocol,
         "set": config.to_dict()["set"],
         "looks_at_test": _looks_at_test(plan),
+        "confusion": None if run.confusion is None else str(run.confusion.origin),
         # how many epochs the model has had; rows of metrics.jsonl, and `best`, count them from 0
         "headline_epoch": run.best["epoch"] + 1 if run.best is not None else config.epochs,
         "data": dataset.name,

@@ -39,6 +39,14 @@ def largest(fabric: Fabric, tensor: Tensor) -> Tensor:
     return result
 
 
+def any_of(fabric: Fabric, *flags: bool) -> list[bool]:
+    """Whether each flag is set in any process. All must call this at the same place; it waits for them."""
+    if fabric.world_size == 1:
+        return list(flags)
+    found: list[bool] = (largest(fabric, torch.tensor(flags, dtype=torch.float32, device=fabric.device)) > 0).tolist()
+    return found
+
+
 def of_each(fabric: Fabric, value: dict[str, Any]) -> list[dict[str, Any]]:
     """The `value` of each process, by rank; tensors on the CPU."""
     values: list[Any] = [value] * fabric.world_size
@@ -83,9 +91,11 @@ class StopRequest:
 
     def agreed(self, fabric: Fabric) -> bool:
         """Whether any process was asked to stop: then all do, here. All must call this at the same place."""
-        if fabric.world_size == 1:
-            return self.requested
-        return bool(largest(fabric, torch.tensor(float(self.requested), device=fabric.device)) > 0)
+        return self.agreed_with(fabric, False)[0]
+
+    def agreed_with(self, fabric: Fabric, other: bool) -> list[bool]:
+        """The same, and whether `other` is true of any process: one wait for both."""
+        return any_of(fabric, self.requested, other)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

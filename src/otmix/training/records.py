@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +20,13 @@ from otmix.data import ImageDataset
 from otmix.errors import UserError
 from otmix.files import read_json, write_json, write_text
 
+COMMAND = "OTMIX_COMMAND"
+"""Environment variable by which a comparison tells its processes the command to record."""
 PACKAGES = ("otmix", "torch", "torchvision", "timm", "lightning", "numpy", "pillow", "scikit-learn")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and source commit, without anything that names the machine or its user."""
+    """The command as it was typed, versions, device and source commit."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -31,7 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "command": " ".join(["otmix", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("otmix", "__main__") else "python",
+        "command": command(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device_name(device),
@@ -39,6 +42,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": versions,
         "commit": source_commit(),
     }
+
+
+def command() -> str:
+    """What was typed to start this; for a run of a comparison, the comparison's."""
+    if known := os.environ.get(COMMAND):
+        return known
+    return shlex.join(["otmix", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("otmix", "__main__") else "python"
 
 
 def device_name(device: torch.device) -> str:

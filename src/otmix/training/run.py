@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from otmix.config import RunConfig
-from otmix.data import dead_reader, require_readable
+from otmix.data import ImageDataset, dead_reader, require_readable
 from otmix.errors import UserError
 from otmix.files import read_json, remove_temporaries
 from otmix.methods import parse_method
@@ -26,6 +27,7 @@ from otmix.training.records import data_record, read_config, read_settings, reco
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
+from otmix.training.stage import Stage
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -85,7 +87,8 @@ def _is_foreign(path: Path) -> bool:
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process, so that two never write the same run. The system lets go when we die.
 
-    Raises UserError when another process has it. Where the system has no such locks (Windows), nothing is held.
+    Raises UserError when another process has it. Where the system (Windows) or the file system (some network drives)
+    has no such locks, nothing is held.
     """
     try:
         import fcntl
@@ -105,6 +108,9 @@ def alone_in(run_dir: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is training in {run_dir}; wait for it, or choose another folder"
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         try:
             yield
         finally:
@@ -122,16 +128,33 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
     torch.manual_seed(
         derive_seed(config.seed, "torch", fabric.global_rank)
     )  # dropout and the like draw from torch's own generator
-    dataset = load_data(config, reporter.loading)
+    dataset = _load_with_others(fabric, config, reporter)
     plan = prepare(config, dataset)
     assert plan.config.batch_size is not None  # `prepare` filled it in
-    with threads_for(plan.config.batch_size // fabric.world_size * dataset.image_size**2, fabric.device):
+    pixels = plan.config.batch_size // fabric.world_size * dataset.image_size**2
+    with threads_for(pixels, fabric.device, config.devices):
         try:
             return _run(fabric, run_dir, plan, reporter)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of {fabric.device} does not suffice; choose a smaller --batch-size, or --precision "
+                "bf16-mixed"
+            ) from error
         except RuntimeError as error:
             if (told := dead_reader(error)) is None:
                 raise
             raise told from error
+
+
+def _load_with_others(fabric: Fabric, config: RunConfig, reporter: Reporter) -> ImageDataset:
+    """The data; what is downloaded, the first process of each machine downloads before the others look for it."""
+    alone = fabric.world_size == 1 or not config.data.startswith("cifar")
+    if not alone and fabric.local_rank != 0:
+        fabric.barrier()
+    dataset = load_data(config, reporter.loading)
+    if not alone and fabric.local_rank == 0:
+        fabric.barrier()
+    return dataset
 
 
 def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
@@ -212,6 +235,14 @@ def _info(plan: Plan, run: RunState, resumed_at: int | None) -> RunInfo:
         steps_per_epoch=run.background.steps_per_epoch,
         device=str(run.fabric.device),
         precision=config.precision,
-        notes=tuple(dataset.notes),
+        notes=(*dataset.notes, *_unmixed(run.stage)),
         resumed_at_epoch=resumed_at,
     )
+
+
+def _unmixed(stage: Stage) -> Iterator[str]:
+    if stage.mixer is not None and not stage.mixer.schedule.reaches(stage.epochs):
+        yield (
+            f"Nothing will be mixed: none of {stage.epochs} epochs begins within the window "
+            f"{stage.mixer.schedule.window} of the run; train for more epochs, or move it (mix_from, mix_until)."
+        )

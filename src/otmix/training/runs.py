@@ -16,7 +16,7 @@ from otmix.methods import parse_method
 from otmix.models import Classifier, build_model
 from otmix.protocols import Overrides
 from otmix.training.records import read_config, read_settings, runs_folder
-from otmix.training.setup import architecture_of, build_criterion
+from otmix.training.stages import architecture_of, build_criterion
 from otmix.types import ClassCounts
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from otmix.config import RunConfig, with_defaults
-from otmix.costs import CombinedCost
 from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
 from otmix.errors import UserError
 from otmix.files import read_json
-from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
-from otmix.methods import Method, experts, parse_method
-from otmix.mixer import BatchMixer, MixSchedule
-from otmix.mixing import PIXEL_RULES, Mixer
+from otmix.losses import Criterion
+from otmix.methods import Method, check_read, parse_method
 from otmix.models import Classifier, build_model, default_backbone, embed
-from otmix.pairing import (
-    ConfusionPairing,
-    Curriculum,
-    IndexPairing,
-    Pairing,
-    TransportPairing,
-    WithinBatchPairing,
-)
 from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
-from otmix.sampling import ClassSampling, effective_number, inverse_frequency
-from otmix.settings import chosen
-from otmix.training.bbn import bbn_step
 from otmix.training.confusion_source import ConfusionSource
 from otmix.training.schedules import Schedule
-from otmix.training.stage import OptimizerSettings, Stage, StepItems, mix_and_classify
-from otmix.types import ClassCounts, Embed, Embedded, Items, Output
+from otmix.training.stage import OptimizerSettings, Stage, StepItems
+from otmix.training.stages import architecture_of, build_criterion, build_stages
+from otmix.types import Embed, Embedded, Items, Output
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -80,16 +65,24 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
 def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
     """Fill in the defaults, then build model and stage. Raises UserError for settings that do not go together."""
     method = parse_method(config.method)
+    check_read(config.set.parts, [method])  # their names are free text here; the command line checks all settings
     config = replace(config, set=method.converted(config.set))
     backbone = "resnet8" if config.data == "digits" else default_backbone(dataset.image_size, dataset.small)
     config = with_defaults(
         replace(config, method=method.name), small=dataset.small, backbone=backbone, image_size=dataset.image_size
     )
+    if config.nesterov and config.optimizer != "sgd":
+        raise UserError(f"--nesterov changes nothing with --optimizer {config.optimizer}; leave it out, or choose sgd")
     protocol = config.protocol_settings
     _check_splits(config, method, protocol, dataset)
     settings = effective_settings(config)
     filled = Overrides.from_dict(settings)
     criterion = build_criterion(method, dataset.counts, filled)
+    if next(criterion.parameters(), None) is not None:
+        raise UserError(
+            f"the loss {method.loss} has parameters of its own, which would not be trained: only the model's are; make "
+            "them buffers, or part of a model"
+        )
     assert config.backbone is not None  # with_defaults filled it in
     model = build_model(
         config.backbone,
@@ -151,105 +144,6 @@ def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
         )
 
 
-def build_criterion(method: Method, counts: ClassCounts, filled: Overrides) -> Criterion:
-    """The loss of a method, of each of its experts for RIDE, with its effective settings."""
-    part = LOSSES[method.loss]
-    criterion = part(counts, **chosen(part, filled.parts, "loss"))
-    if method.architecture != "ride":
-        return criterion
-    return RIDE(counts, criterion, **chosen(RIDE, filled.parts, "model"))  # type: ignore[arg-type]
-
-
-def architecture_of(method: Method, criterion: Criterion, filled: Overrides) -> dict[str, Any]:
-    """What `build_model` needs to know of a method: head, architecture and experts."""
-    return {
-        "head": criterion.head,
-        "architecture": method.architecture,
-        "experts": experts(**chosen(experts, filled.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
-    }
-
-
-def build_stages(
-    config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset, criterion: Criterion
-) -> tuple[Stage, ...]:
-    """What a method's training consists of: one stage for all methods so far. `config.set` has every setting."""
-    assert (
-        config.epochs
-        and config.batch_size
-        and config.optimizer
-        and config.lr
-        and config.schedule
-        and config.weight_decay is not None
-        and config.warmup is not None
-    )
-    counts = dataset.counts
-    foreground = None
-    if method.architecture == "bbn":
-        foreground = inverse_frequency(counts)  # BBN's reversed sampler: the class's probability is ~ 1/n
-    elif method.second_stream:
-        by_number = protocol.foreground_law == "effective-number"
-        foreground = effective_number(counts) if by_number else inverse_frequency(counts, protocol.foreground_r)
-    schedule = Schedule.named(config.schedule, config.warmup, criterion.own_steps)
-    reweighting, law = build_rebalancing(method, counts, config.set)
-    only = Stage(
-        name=method.name,
-        epochs=config.epochs,
-        criterion=criterion,
-        optimizer=OptimizerSettings(config.optimizer, config.lr, config.weight_decay, nesterov=config.nesterov),
-        schedule=schedule,
-        background_batch=config.batch_size,
-        foreground_probability=foreground,
-        background_law=None if law is None else law.class_probability,
-        both_streams=method.architecture == "bbn",
-        mixer=build_mixer(method, protocol, counts, config.set),
-        reweighting=reweighting,
-        reduction=protocol.weighted_mean,
-        step=bbn_step if method.architecture == "bbn" else mix_and_classify,
-    )
-    return (only,)
-
-
-def build_rebalancing(
-    method: Method, counts: ClassCounts, filled: Overrides
-) -> tuple[DeferredReweighting | None, ClassSampling | None]:
-    """Class weights of the loss, or classes of the background stream."""
-    if method.rebalancing is None:
-        return None, None
-    part = DeferredReweighting if method.drw else ClassSampling
-    built = part(counts, **chosen(part, filled.parts, "rebalancing"))  # type: ignore[arg-type]
-    return (built, None) if isinstance(built, DeferredReweighting) else (None, built)
-
-
-def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> BatchMixer | None:
-    """Pairing, pixel rule and schedule of a method under a protocol; None for a method that mixes nothing."""
-    if method.pixels is None:
-        return None
-    pixels = build_pixel_rule(method.pixels, protocol, counts, filled)
-    pairing: Pairing = IndexPairing()
-    if method.pairing == "within-batch":
-        pairing = WithinBatchPairing(getattr(pixels, "partner_weight", None))
-    elif method.pairing == "confusion":
-        pairing = ConfusionPairing()
-    elif method.pairing == "transport":
-        cost = partial(CombinedCost, omega=protocol.omega, metric=protocol.metric, keep_diagonal=protocol.keep_diagonal)
-        transport = TransportPairing(cost, protocol.epsilon, select=protocol.select)
-        pairing = Curriculum(
-            pairing, transport, protocol.curriculum_power, protocol.curriculum_per, protocol.curriculum_one_based
-        )
-    schedule = MixSchedule(protocol.mix_probability, (protocol.mix_from, protocol.mix_until), protocol.mix_fraction)
-    return BatchMixer(pairing, pixels, schedule)
-
-
-def build_pixel_rule(name: str, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> Mixer:
-    """A rule of `PIXEL_RULES`. It gets what its constructor takes: the protocol's alpha, box and per, the counts, and
-    its own settings.
-    """
-    rule: Callable[..., Mixer] = PIXEL_RULES[name]
-    offered = {"alpha": protocol.alpha, "box": protocol.box, "per": protocol.box_per, "counts": counts}
-    takes = inspect.signature(rule).parameters
-    return rule(**{key: value for key, value in offered.items() if key in takes}, **chosen(rule, filled.parts, "mixer"))
-
-
 def split_of(dataset: ImageDataset, split: str) -> ImageSource:
     """A split by name. Raises UserError when the data has none."""
     source: ImageSource | None = getattr(dataset, split)
@@ -280,6 +174,11 @@ def build_optimizer(model: Classifier, settings: OptimizerSettings) -> torch.opt
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused)
+
+
+def looking_batch(plan: Plan, fabric: Fabric) -> int:
+    """How many images a process looks at together outside training: of larger ones as many as a step has room for."""
+    return 512 if plan.dataset.small else max(1, (plan.config.batch_size or 1) // fabric.world_size)
 
 
 class Forward(nn.Module):
@@ -321,19 +220,24 @@ def embed_maker(
 
         def look(items: Items) -> Embedded:
             batch = loaded[id(items)] if id(items) in loaded else store.fetch(items, None)
-            if official:  # in train mode, as the released code does: these passes move BatchNorm's running statistics
-                with torch.no_grad(), fabric.autocast():  # its gradients reach nothing, so none are kept
-                    return Embedded(batch.items, plan.model.official_features(batch.images).float())
             # only the backgrounds are counted; the foregrounds need no probabilities
             wanted = counting and batch is step.background
-            return embed(
-                model,
-                batch.images,
-                batch.items,
-                autocast=fabric.autocast,
-                log_probabilities=wanted,
-                probabilities=criterion.probabilities,
-            )
+            seen = None
+            if wanted or not official:
+                seen = embed(
+                    model,
+                    batch.images,
+                    batch.items,
+                    autocast=fabric.autocast,
+                    log_probabilities=wanted,
+                    probabilities=criterion.probabilities,
+                )
+            if official:  # in train mode, as the released code does: these passes move BatchNorm's running statistics
+                with torch.no_grad(), fabric.autocast():  # its gradients reach nothing, so none are kept
+                    features = plan.model.official_features(batch.images).float()
+                return Embedded(batch.items, features, None if seen is None else seen.log_probabilities)
+            assert seen is not None
+            return seen
 
         return look
 

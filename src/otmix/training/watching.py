@@ -15,7 +15,7 @@ from otmix.randomness import generator
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
 from otmix.training.loop import RunState
-from otmix.training.setup import Plan, split_of
+from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Items
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[
 
 
 def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
-    size = 512 if plan.dataset.small else max(1, (plan.config.batch_size or 1) // run.fabric.world_size)
+    size = looking_batch(plan, run.fabric)
     return evaluate_items(run.fabric, run.state.model, run.state.criterion, store, items, plan.dataset.counts, size)
 
 
