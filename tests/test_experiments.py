@@ -76,7 +76,8 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
         "packages": {"torch": "2"},
         "commit": "abc123",
     }
-    write_json(run_dir / "environment.json", where | changed.pop("environment", {}))
+    where |= changed.pop("environment", {})
+    write_json(run_dir / "environment.json", where)
     evaluation = {
         "n": 50,
         "top1_error": error,
@@ -96,6 +97,7 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
         "seed": config.seed,
         "hash": config.hash,
         "commit": "abc123",
+        "device": where["device"],
         "seconds_per_epoch": 2.0,
         "evaluation": evaluation | changed.pop("evaluation", {}),
     }
@@ -704,6 +706,13 @@ def test_seconds_of_different_devices_are_not_averaged(tmp_path: Path) -> None:
         )
         write_unit(run_dir, tmp_path)
     assert "| – |" in results_table(read_units(tmp_path)).splitlines()[4][-6:]
+
+
+def test_a_run_that_ended_on_another_device_says_so(tmp_path: Path) -> None:
+    write_unit(finish_run(replace(BASE, out=str(tmp_path / "moved")), 0.3, device="a GPU"), tmp_path)
+    text = results_table(read_units(tmp_path))
+    assert "Device: a GPU, a processor." in text
+    assert text.splitlines()[4].endswith("| – |")
 
 
 def test_units_that_saw_other_images_are_not_put_into_one_line(tmp_path: Path) -> None:

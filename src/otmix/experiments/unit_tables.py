@@ -157,7 +157,7 @@ def _notes(units: Sequence[Unit], lines: Sequence[Sequence[Unit]]) -> list[str]:
     subset = f"data {hashes[0]}" if len(hashes) == 1 else f"each seed has its own split, data {', '.join(hashes)}"
     sources = {unit.get(key, unit["commit"]) for unit in units for key in ("commit", "finished_commit")}
     commits = sorted(commit or "an installed package" for commit in sources)
-    devices = sorted({unit["device"] for unit in units})
+    devices = sorted(_devices(units))
     where = f"Device: {', '.join(devices)}. Source: {', '.join(commits)}."
     return [*notes, f"Images: {images} ({subset}). Recipe: {', '.join(recipe)}. {where}"]
 
@@ -173,10 +173,15 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def _seconds(units: Sequence[Unit]) -> str:
     """The mean; – where the runs were not made on one kind of device."""
-    if len({unit["device"] for unit in units}) > 1:
+    if len(_devices(units)) > 1:
         return "–"
     value = statistics.fmean(unit["seconds_per_epoch"] for unit in units)
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _devices(units: Sequence[Unit]) -> set[str]:
+    """Where the runs began, and where those that moved ended."""
+    return {unit.get(key, unit["device"]) for unit in units for key in ("device", "finished_device")}
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -104,6 +104,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         "class_names": data["class_names"],
         "seconds_per_epoch": result["seconds_per_epoch"],
         "device": environment["device"],
+        "finished_device": result["device"],
         "commit": environment["commit"],
         "finished_commit": result["commit"],  # another one where the run was resumed after a change
         "environment": {key: environment[key] for key in ("python", "system", "threads", "packages")},
