@@ -181,7 +181,7 @@ def _seconds(units: Sequence[Unit]) -> str:
 
 def _devices(units: Sequence[Unit]) -> set[str]:
     """Where the runs began, and where those that moved ended."""
-    return {unit.get(key, unit["device"]) for unit in units for key in ("device", "finished_device")}
+    return {str(unit.get(key, unit["device"])) for unit in units for key in ("device", "finished_device")}
 
 
 def _row(cells: Sequence[str]) -> str:
