@@ -19,7 +19,7 @@ from PIL import Image
 from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.errors import UserError
-from otmix.files import read_json
+from otmix.files import read_json, write_text
 from otmix.training import open_run, train
 from run_server import Outcome, Server
 from test_resume import assert_same, configuration, contents, place
@@ -540,3 +540,72 @@ def test_a_link_to_nowhere_can_be_left_out(server: Server, folder: Path, tmp_pat
     )
     assert not (tmp_path / "run").exists()
     assert server.run({**config, "on_bad_image": "skip"}).kind == "done"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+            image.save(tmp_path / "photos" / name / f"{i}.png")
+    broken = tmp_path / "photos" / "bee" / "broken.png"
+    broken.write_bytes((tmp_path / "photos" / "bee" / "0.png").read_bytes()[:60])
+    run = str(tmp_path / "run")
+    argv = ["train", "--data", "folder", "--root", str(tmp_path / "photos"), "--epochs", "1", "--out", run]
+    argv += ["--backbone", "resnet8", "--accelerator", "cpu", "--workers", "0"]
+    assert main(argv) == 2
+    assert "broken.png" in capsys.readouterr().err
+    assert main([*argv, "--on-bad-image", "skip"]) == 0
+    assert main([*argv, "--on-bad-image", "skip"]) == 2
+    assert "already holds a finished run; choose another folder" in capsys.readouterr().err
+    broken.unlink()
+    (tmp_path / "begun").mkdir()
+    for name in ("config.yaml", "data.json", "environment.json", "settings.json"):
+        shutil.copy(tmp_path / "run" / name, tmp_path / "begun" / name)
+    assert main([*argv[:-8], "--out", str(tmp_path / "begun"), *argv[-6:]]) == 0
+
+
+def test_a_lost_model_is_written_again_from_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(RunConfig.from_dict({**BASE, "epochs": 1, "out": str(tmp_path / "run")}))
+    model = run / "model.safetensors"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="delete it"):
+        open_run(run)
+    model.unlink()
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert model.read_bytes() == whole
+
+
+def test_a_folder_for_the_digits_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "data", "preview"):
+        assert main([command, "--root", "photos"]) == 2
+        assert "add --data folder" in capsys.readouterr().err
+
+
+def test_a_read_only_file_system_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    original = Path.open
+
+    def open_(self: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        return refuse() if "w" in mode else original(self, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(UserError, match="Read-only file system"):
+        write_text(tmp_path / "p.csv", "x")
+
+
+def test_a_run_of_an_own_loss_asks_for_its_file(tmp_path: Path) -> None:
+    run = train(RunConfig.from_dict({**BASE, "method": "erm", "set": {}, "epochs": 1, "out": str(tmp_path / "run")}))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("method: ce", "method: mine"))
+    with pytest.raises(UserError, match="--import FILE"):
+        open_run(run)

@@ -126,6 +126,26 @@ def test_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.Capture
     )
 
 
+def test_a_comparison_reads_its_own_flags_from_a_file_and_prints_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(config_file(tmp_path, "seeds: 2\njobs: 3\nepochs: 1\nruns: some/where\n"))
+    named = parse("compare", COMMANDS["compare"], ["erm", "--config", file, "--jobs", "4"]).named
+    assert (named["seeds"], named["jobs"], named["runs"]) == (2, 4, Path("some/where"))
+    assert main(["compare", "erm", "cmo", "--config", file, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seeds"] == 2
+    assert printed["runs"] == "some/where"
+    assert not {"method", "out", "resume"} & printed.keys()
+    again = str(config_file(tmp_path, printed, "again.yaml"))
+    assert parse("compare", COMMANDS["compare"], ["erm", "--config", again]).named["jobs"] == 3
+
+
+def test_set_without_a_name_says_how_it_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", "alpha=1"]) == 2
+    assert "--set.alpha 1" in capsys.readouterr().err
+
+
 def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
     first = config_file(tmp_path, "epochs: 3\nlr: 1e-4\nset: {alpha: 2}\n", "first.yaml")
     second = config_file(tmp_path, "lr: 2\nset: {box: clipped}\n", "second.yaml")

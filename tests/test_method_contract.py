@@ -2,6 +2,8 @@
 by being in it.
 """
 
+import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,29 @@ class Halves:
         assert "mixer.share  0.5" in capsys.readouterr().out
     finally:
         PIXEL_RULES.pop("halves", None)
+
+
+@pytest.mark.parametrize(("name", "method"), [("prior-shift", "prior-shift+otmix"), ("halves", "ce+otmix-halves")])
+def test_the_examples_of_contributing_keep_the_contract(
+    name: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if f'("{name}")' in block)
+    file = tmp_path / f"own_{name.replace('-', '_')}.py"
+    file.write_text(code)
+    try:
+        assert main(["check-method", method, "--import", str(file)]) == 0, capsys.readouterr().out
+    finally:
+        LOSSES.pop(name, None)
+        PIXEL_RULES.pop(name, None)
+
+
+def test_an_error_in_code_of_ones_own_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def broken():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as found:
+        runpy.run_path(str(file))["broken"]()
+    assert contract._told(found.value) == "ZeroDivisionError: division by zero (mine.py, line 2)"
 
 
 def test_a_part_of_ones_own_says_what_it_is(

@@ -72,6 +72,14 @@ def test_trains_and_learns_a_confusion() -> None:
     torch.testing.assert_close(mixer.confusion.matrix.sum(1), torch.ones(3))
 
 
+def test_fewer_foregrounds_than_backgrounds_are_refused_and_more_are_cut() -> None:
+    images, labels = dataset().tensors
+    mixer = make(Net())
+    assert len(mixer((images[:8], labels[:8]), (images[:16], labels[:16])).images) == 8
+    with pytest.raises(UserError, match="batch_size=16"):
+        mixer((images[:16], labels[:16]), (images[:8], labels[:8]))
+
+
 def test_resumes_bit_for_bit() -> None:
     def fresh() -> tuple[Net, OTMixer, torch.optim.Optimizer]:
         torch.manual_seed(0)

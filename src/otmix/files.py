@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)  # noqa: PTH105 (the tests stop the process on either side of this call)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing can be removed from a read-only file system, nor was anything written
+            temporary.unlink(missing_ok=True)
         if (
             isinstance(error, RuntimeError)
             and "PytorchStreamWriter" not in str(error)
@@ -81,4 +83,4 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} the directory of an otmix run?") from None
     except ValueError:
-        raise UserError(f"{path} is not readable as JSON; was it edited? delete it and resume the run") from None
+        raise UserError(f"{path} is not readable as JSON; was it edited? restore it, or repeat the run") from None

@@ -104,13 +104,18 @@ class OTMixer:
         to its length.
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
-        CPU that are out of range.
+        CPU that are out of range, and for fewer foregrounds than backgrounds.
         """
         device = background[0].device
         for _, labels in (background, foreground):
             self._check(labels)
         back = _batch(background, device)
         fore = _batch(foreground, device)[: len(back)]
+        if len(fore) < len(back):
+            raise UserError(
+                f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
+                f"lost; make the foreground_loader with batch_size={len(back)}"
+            )
         if self.counter.table.device != device:
             self._move(device)
         images = {id(back.items): back.images, id(fore.items): fore.images}

@@ -73,6 +73,6 @@ def _run(argv: list[str]) -> int:
     if call.print_config is not None:
         import yaml
 
-        sys.stdout.write(yaml.safe_dump(call.print_config.to_dict(), sort_keys=False, allow_unicode=True))
+        sys.stdout.write(yaml.safe_dump(call.print_config, sort_keys=False, allow_unicode=True))
         return 0
     return function(*call.positional, **call.named)

@@ -40,7 +40,10 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
     from otmix.display import make_reporter
     from otmix.training import Interrupted, run_dir_of
     from otmix.training import train as train_run
+    from otmix.training.runs import has_begun
 
+    if config.resume and not has_begun(run_dir_of(config)):
+        sys.stderr.write(f"otmix: {run_dir_of(config)} holds no run to go on with, so one begins there\n")
     try:
         train_run(config, make_reporter())
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -103,7 +106,11 @@ def compare(
     for note in found.notes:
         console.print(note, markup=False, highlight=False)
     if found.rows:
-        page = write_comparison_page(found.path.with_suffix(".html"), found.rows, found.notes)
+        trained = [outcome.run_dir for outcome in found.outcomes if outcome.status != "failed"]
+        typed = shlex.join(["otmix", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else None
+        page = write_comparison_page(
+            found.path.with_suffix(".html"), found.rows, found.notes, runs=trained, command=typed
+        )
         console.print(f"page    {page}", markup=False, highlight=False, soft_wrap=True)
     return 1 if found.failed else 0
 

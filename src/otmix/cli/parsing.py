@@ -29,7 +29,7 @@ class Call:
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
-    print_config: RunConfig | None = None
+    print_config: dict[str, Any] | None = None
 
 
 @dataclass
@@ -61,7 +61,15 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
         return Call(positional, named)
     chosen = {a.key: found[a.key] for a in arguments if a.group != OWN and "." not in a.key}
     config = RunConfig(**chosen, set=Overrides(**found.get("set", {}), parts=_in_yaml(parts)))
-    return Call(positional, {**named, config_name: config}, config if typed.print_config else None)
+    if not typed.print_config:
+        return Call(positional, {**named, config_name: config})
+    shown = {key: value for key, value in config.to_dict().items() if key in chosen or key == "set"}
+    flags_of_its_own = {a.key: _plain(found[a.key]) for a in own if not (a.positional or a.repeated)}
+    return Call(positional, {**named, config_name: config}, flags_of_its_own | shown)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], takes_config: bool) -> _Typed:
@@ -113,6 +121,8 @@ def _spelling(option: str) -> str:
 
 
 def _unknown_flag(command: str, option: str, known: Iterable[str]) -> UserError:
+    if option == "--set" and (f"{option}.alpha" in known):
+        return UserError("--set needs the name of a setting behind a dot, e.g. --set.alpha 1")
     if option.lstrip("-").replace("-", "_") in {f.name for f in fields(RunConfig)}:
         return UserError(f"`otmix {command}` has no use for {option}; leave it out")
     close = difflib.get_close_matches(_spelling(option), [*known], n=1, cutoff=0.5)
@@ -148,8 +158,8 @@ def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | b
     changed = values.get("set") or {}
     if not isinstance(changed, dict):
         raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
-    own = {f.name for f in fields(Protocol)}
-    _check_keys(file, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], own, "set.")
+    of_protocol = {f.name for f in fields(Protocol)}
+    _check_keys(file, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], of_protocol, "set.")
     # a flag of its own that is called like a field of RunConfig is not meant by a run's record
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
     flat = values | {f"set.{key}": value for key, value in changed.items()}

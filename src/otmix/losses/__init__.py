@@ -41,7 +41,8 @@ def register_loss(name: str) -> Callable[[_C], _C]:
     """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …). Its
     attributes `title`, `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
 
-    Raises UserError for a name that is taken, or that would mean something else in a method's name.
+    Raises UserError for a name that is taken, or that would mean something else in a method's name, and for a class
+    that is no `Criterion`.
     """
     plain = re.fullmatch(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*", name)
     if plain is None or name.startswith(("ride-", "bbn-")) or name.endswith(("-drw", "-drs", "-cbs", "-srs")):
@@ -53,6 +54,8 @@ def register_loss(name: str) -> Callable[[_C], _C]:
     def add(criterion: _C) -> _C:
         if name in LOSSES:
             raise UserError(f"there is already a loss named {name!r}; choose another name")
+        if not issubclass(criterion, Criterion):
+            raise UserError(f"the loss {name!r} must be a class derived from otmix.losses.Criterion")
         LOSSES[name] = criterion
         return criterion
 

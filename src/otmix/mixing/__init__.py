@@ -17,7 +17,7 @@ from otmix.mixing.mixup import Mixup
 from otmix.mixing.remix import Remix
 from otmix.mixing.saliency import fine_grained_saliency, salient_peaks
 from otmix.mixing.saliencymix import SaliencyMix
-from otmix.mixing.share import leave_unmixed
+from otmix.mixing.share import leave_unmixed, mix_of_two
 from otmix.mixing.unimix import UniMix, unimix_law
 from otmix.types import Batch, Mixed
 
@@ -31,6 +31,7 @@ __all__ = [
     "UniMix",
     "fine_grained_saliency",
     "leave_unmixed",
+    "mix_of_two",
     "register_mixer",
     "salient_peaks",
     "unimix_law",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -58,10 +59,18 @@ def write_page(run_dir: Path | str, baseline: Path | str | None = None) -> Path:
     return path
 
 
-def write_comparison_page(path: Path | str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Path:
+def write_comparison_page(
+    path: Path | str,
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    *,
+    runs: Sequence[Path] = (),
+    command: str | None = None,
+) -> Path:
     """Write the page of `otmix compare` to `path` and return it.
 
-    Rows as `compare_table` takes them; each note is a paragraph. Raises ValueError when nothing has been measured.
+    Rows as `compare_table` takes them; each note is a paragraph. Of the finished `runs` the page says on what and how
+    they were trained, and has links to their own pages. Raises ValueError when nothing has been measured.
     """
     from otmix.reports.figures import comparison_bars
 
@@ -75,6 +84,9 @@ def write_comparison_page(path: Path | str, rows: Sequence[Mapping[str, Any]], n
         "pictures": [Picture.of(comparison_bars(rows), caption, wide=True)],
         "notes": list(notes),
         "markdown": table.markdown(),
+        "lead": words.lead(read_run(runs[0]), seed=False) if runs else None,
+        "links": [(run.name, f"{os.path.relpath(run, Path(path).parent)}/report.html") for run in runs],
+        "commands": [command] if command else [],
     }
     write_text(Path(path), _render("comparison.html.j2", values))
     return Path(path)

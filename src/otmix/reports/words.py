@@ -36,13 +36,13 @@ class Tile:
     change: str = ""
 
 
-def lead(record: RunRecord) -> str:
-    """What was trained, on what."""
+def lead(record: RunRecord, seed: bool = True) -> str:
+    """What was trained, on what, and with which seed."""
     config, counts, names = record.config, record.counts, record.class_names
-    seed = record.result.get("seed", config.get("seed"))
+    number = record.result.get("seed", config.get("seed")) if seed else None
     text = "Trained" + (f" for {config['epochs']} epochs" if config.get("epochs") is not None else "")
     how = [f"backbone {config['backbone']}"] if config.get("backbone") else []
-    how += [f"seed {seed}"] if seed is not None else []
+    how += [f"seed {number}"] if number is not None else []
     text += f" ({', '.join(how)})" if how else ""
     classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
     if counts is None:
@@ -123,7 +123,9 @@ def commands(record: RunRecord) -> list[str]:
     """What was typed, where it was a command of ours, and how to train the same again beside the run."""
     typed = str(record.environment.get("command") or "")
     config, out = str(record.directory / "config.yaml"), f"{record.directory}-again"
-    again = shlex.join(["otmix", "train", "--config", config, "--out", out])
+    words = shlex.split(typed) if typed.startswith("otmix ") else []
+    imports = [word for at, word in enumerate(words) if "--import" in words[max(0, at - 1) : at + 1]]
+    again = shlex.join(["otmix", "train", "--config", config, "--out", out, *imports])
     return [typed, again] if typed.startswith("otmix ") else [again]
 
 

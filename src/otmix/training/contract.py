@@ -6,6 +6,8 @@ Each check trains tiny runs of a method on random images in a folder of its own.
 from __future__ import annotations
 
 import math
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -60,12 +62,18 @@ def check_method(name: str, progress: Progress = lambda check: None) -> list[Fin
             try:
                 check(method, Path(folder))
             except Exception as error:  # whatever someone's own code raises is a finding, not our crash
-                found.append(
-                    Finding(words, f"{'' if isinstance(error, _Broken) else type(error).__name__ + ': '}{error}")
-                )
+                found.append(Finding(words, str(error) if isinstance(error, _Broken) else _told(error)))
             else:
                 found.append(Finding(words, None))
     return found
+
+
+def _told(error: Exception) -> str:
+    """An error, and the last line that is not ours, nor a library's, that it went through."""
+    ours = (str(Path(__file__).parents[1]), "site-packages", "dist-packages", f"{os.sep}lib{os.sep}python", "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in ours)]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 @cache

@@ -25,7 +25,7 @@ from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
 from otmix.training.records import data_record, read_config, read_settings, record_root, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
-from otmix.training.runs import is_finished, run_dir_of
+from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
 from otmix.training.stage import Stage
 
@@ -66,21 +66,23 @@ def directory_of(config: RunConfig) -> Iterator[None]:
     run_dir = run_dir_of(config)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; name a folder with --out")
-    started = (run_dir / "config.yaml").exists()
+    started = has_begun(run_dir)
     if started and not config.resume:
-        state = "a finished run" if is_finished(run_dir) else "a run that has begun"
+        if is_finished(run_dir):
+            raise UserError(f"{run_dir} already holds a finished run; choose another folder with --out")
         raise UserError(
-            f"{run_dir} already holds {state}; add --resume to go on with it, or choose another folder with --out"
+            f"{run_dir} already holds a run that has begun; add --resume to go on with it, or choose another folder "
+            "with --out"
         )
-    if run_dir.is_dir() and not started and any(_is_foreign(path) for path in run_dir.iterdir()):
+    # what a run leaves that ended before its first checkpoint: it may begin anew
+    left = {"data.json", "environment.json", "settings.json"}
+    if all((run_dir / name).exists() for name in ("config.yaml", *left)):
+        left |= {"config.yaml", "best.safetensors"}
+    there = () if started or not run_dir.is_dir() else run_dir.iterdir()
+    if any(path.name[0] != "." and path.name not in left for path in there):
         raise UserError(f"the folder {run_dir} is not empty and holds no run; choose another folder with --out")
     with alone_in(run_dir):
         yield
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file cannot be what a run leaves that was killed before its configuration was written."""
-    return path.name[0] != "." and path.name not in ("data.json", "environment.json", "settings.json")
 
 
 @contextmanager
@@ -160,11 +162,11 @@ def _load_with_others(fabric: Fabric, config: RunConfig, reporter: Reporter) -> 
 def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
     """What is left to do of the run in `run_dir`."""
     main, dataset = fabric.global_rank == 0, plan.dataset
-    if (run_dir / "config.yaml").exists():
+    if has_begun(run_dir):
         check_same_run(run_dir, plan)
         if main:
             record_root(run_dir, plan.config.root)
-        if is_finished(run_dir):
+        if is_finished(run_dir) and (run_dir / "model.safetensors").exists():
             if main and not (run_dir / "report.html").exists():  # stopped between the result and its page
                 write_page(run_dir)
             reporter.message(f"{run_dir} is finished already")

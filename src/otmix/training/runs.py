@@ -55,6 +55,11 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "result.json").is_file()
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether there is anything to go on with: before its first checkpoint a run has only noted its settings."""
+    return is_finished(run_dir) or (run_dir / "checkpoint.pt").exists()
+
+
 def open_run(run_dir: Path) -> Run:
     """Read a finished run. Raises UserError when it is not one of ours, not finished, or damaged."""
     from safetensors import SafetensorError
@@ -71,7 +76,13 @@ def open_run(run_dir: Path) -> Run:
         )
     data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
     counts = ClassCounts(torch.tensor(data["counts"]))
-    method = parse_method(config.method)
+    try:
+        method = parse_method(config.method)
+    except UserError as error:
+        raise UserError(
+            f"{run_dir} was trained with {config.method}, of which a part is not known here; add --import FILE, the "
+            "file that registers it"
+        ) from error
     filled = Overrides.from_dict(read_settings(run_dir))
     criterion = build_criterion(method, counts, filled)
     assert config.backbone is not None  # a recorded configuration is filled in
@@ -89,6 +100,7 @@ def open_run(run_dir: Path) -> Run:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{path} is missing, damaged, or of another model ({type(error).__name__}); resume or repeat the run"
+            f"{path} is missing, damaged, or of another model ({type(error).__name__}); delete it, and "
+            f"`otmix train --resume --out {run_dir}` writes it again from the checkpoint"
         ) from error
     return Run(run_dir, config, data, result, tuple(data["class_names"]), counts, model.eval(), criterion)

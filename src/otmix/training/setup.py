@@ -46,6 +46,8 @@ class Plan:
 
 def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> ImageDataset:
     """The dataset that a configuration names. Raises UserError for everything that can be wrong with it."""
+    if config.data == "digits" and config.root is not None:
+        raise UserError("--root has no use with --data digits, which come with scikit-learn; add --data folder")
     return load_dataset(
         config.data,
         root=config.root,

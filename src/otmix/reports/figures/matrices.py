@@ -78,7 +78,7 @@ def pair_counts_figure(
         axes.set_xlabel("background class", fontsize=9)
         if place == 0:
             axes.set_ylabel("foreground class", fontsize=9)
-        _title(axes, f"{name}: {counts.sum():,.0f} pairs, % of each row")
+        _title(axes, f"{name}\n{counts.sum():,.0f} pairs, % of each row")
     return finish(figure)
 
 
