@@ -30,6 +30,7 @@ from otmix.inference import (
     write_csv,
     write_jsonl,
 )
+from otmix.protocols import Overrides
 from otmix.training import open_run, train
 from otmix.training.setup import load_data
 from otmix.types import Items
@@ -100,6 +101,20 @@ def test_probabilities_are_those_of_the_evaluation(run: Path, images: Path) -> N
         theirs = torch.from_numpy(saved["probabilities"])
         assert saved["labels"].tolist() == [names.index(Path(one.file).parent.name) for one in found]
     assert torch.equal(ours.half(), theirs)
+
+
+def test_predictions_have_the_probabilities_of_the_loss(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otmix.training.outcome.write_page", lambda run_dir: None)
+    out, changed = tmp_path / "run", Overrides(parts={"loss.post_hoc": True})
+    config = RunConfig(data="folder", root=str(images), imbalance=9.0, backbone="resnet8", image_size=8, epochs=1)
+    train(replace(config, method="logit-adjustment", set=changed, batch_size=9, accelerator="cpu", out=str(out)))
+    names = open_run(out).class_names
+    found = [dict(one.top) for one in predict_paths(out, [images / "test"], batch_size=512, device="cpu")]
+    with np.load(out / "predictions.npz") as saved:
+        expected = torch.from_numpy(saved["probabilities"])
+    assert torch.equal(torch.tensor([[one[name] for name in names] for one in found]).half(), expected)
 
 
 def test_the_evaluation_can_be_repeated_exactly(run: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,16 @@ from otmix.sampling import BackgroundStream
 from otmix.training import Interrupted, Silent, open_run, train
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
+from otmix.training.evaluate import predict_items
 from otmix.training.launch import make_fabric, threads_for
+from otmix.training.loop import RunState, checkpoint_path, finish_epoch, restore, save, train_epoch
+from otmix.training.processes import StopRequest
+from otmix.training.records import command
 from otmix.training.schedules import Schedule
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
 from otmix.transport import batched
-from otmix.types import Items, Plan
+from otmix.types import Batch, ClassCounts, Items, Plan
 
 TINY = RunConfig(
     data="digits",
@@ -63,6 +68,11 @@ def log(run_dir: Path) -> list[dict[str, Any]]:
 
 def weights(run_dir: Path) -> bytes:
     return (run_dir / "model.safetensors").read_bytes()
+
+
+def built(config: RunConfig, run_dir: Path = Path("nowhere")) -> RunState:
+    """A run before its first step."""
+    return build_run(make_fabric(config), run_dir, prepare(config, load_data(config)), Silent())
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -194,6 +204,92 @@ def test_each_step_has_the_learning_rate_of_the_schedule(
     assert [row["lr"] for row in rows] == pytest.approx([expected(row["epoch"], 0) for row in rows])
 
 
+def test_sgd_has_the_numbers_of_the_configuration() -> None:
+    (group,) = built(replace(TINY, optimizer="sgd", weight_decay=0.3, nesterov=True)).optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.3)
+
+
+def test_adamw_decays_neither_biases_nor_normalisation() -> None:
+    run = built(replace(TINY, optimizer="adamw", weight_decay=0.3))
+    decay = {id(one): group["weight_decay"] for group in run.optimizer.param_groups for one in group["params"]}
+    assert {(one.ndim <= 1, decay.pop(id(one))) for one in run.state.model.parameters()} == {(True, 0.0), (False, 0.3)}
+    assert not decay
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_loss_is_told_how_far_the_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    class Listening(CrossEntropy):
+        def per_label(self, output: Any, labels: Tensor, progress: float) -> Tensor:
+            told.append(progress)
+            return super().per_label(output, labels, progress)
+
+    monkeypatch.setitem(LOSSES, "listening", Listening)
+    train(replace(TINY, method="listening", out=str(tmp_path / "run")))
+    assert told == [epoch / 3 for epoch in range(3) for _ in range(5)]
+
+
+def test_no_two_batches_of_an_epoch_are_augmented_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    fetch = ResidentStore.fetch
+
+    def watched(self: ResidentStore, items: Items, seed: int | None) -> Batch:
+        seeds.append(seed)
+        return fetch(self, items, seed)
+
+    monkeypatch.setattr(ResidentStore, "fetch", watched)
+    train_epoch(built(replace(TINY, protocol="paper")))
+    assert None not in seeds
+    assert len(set(seeds)) == len(seeds) == 2 * 5
+
+
+# --- probabilities are what the loss takes the logits for ---
+
+POST_HOC = replace(TINY, method="logit-adjustment+otmix", batch_size=131, set=Overrides(parts={"loss.post_hoc": True}))
+
+
+def everything(run: RunState) -> tuple[Items, Tensor]:
+    """All training images, and what the loss says of them."""
+    labels = run.background.labels
+    items = Items(labels, torch.arange(len(labels)))
+    with torch.no_grad():
+        output = run.state.model.eval()(run.store.fetch(items, None).images)
+    adjusted = run.state.criterion.probabilities(output)
+    assert not torch.allclose(adjusted, output.logits.softmax(1), atol=0.01)
+    return items, adjusted
+
+
+def test_the_streamed_confusion_has_the_probabilities_of_the_loss() -> None:
+    run = built(POST_HOC)
+    items, want = everything(run)
+    batch = run.store.fetch(items, None)
+    seen = run.state.make_embed(StepItems(batch, None))(batch.items).log_probabilities
+    assert seen is not None
+    torch.testing.assert_close(seen.exp(), want)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_confusion_of_a_pass_has_the_probabilities_of_the_loss(soft: bool) -> None:
+    changed = replace(POST_HOC.set, confusion_from="train", confusion_soft=soft)
+    run = built(replace(POST_HOC, set=changed))
+    items, want = everything(run)
+    if not soft:
+        want = torch.nn.functional.one_hot(want.argmax(1), 10).float()
+    counts = torch.zeros(10, 10).index_add(0, items.labels, want)
+    assert run.confusion_source is not None
+    found = run.confusion_source.estimate(run.state, None)
+    assert found is not None
+    torch.testing.assert_close(found.matrix, counts / counts.sum(1, keepdim=True))
+
+
+def test_the_evaluation_has_the_probabilities_of_the_loss() -> None:
+    run = built(POST_HOC)
+    items, want = everything(run)
+    found = predict_items(run.fabric, run.state.model, run.state.criterion, run.store, items, 50)
+    torch.testing.assert_close(found, want)
+
+
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("method", ["erm", "otmix"])
 def test_a_last_batch_and_a_class_of_one_image(method: str, tmp_path: Path) -> None:
@@ -222,6 +318,16 @@ def test_the_best_epoch_on_the_test_set_is_the_result_of_official(
     assert run.result["headline_epoch"] == errors.index(min(errors)) + 1
     assert run.result["evaluation"]["top1_error"] == pytest.approx(min(errors))
     assert evaluated(run_dir) == pytest.approx(min(errors))
+
+
+def test_the_best_epoch_so_far_is_resumed(tmp_path: Path) -> None:
+    config = replace(TINY, protocol="official")
+    run, other = built(config, tmp_path), built(config, tmp_path)
+    run.watch(run, False)
+    save(run)
+    restore(other, load_checkpoint(checkpoint_path(tmp_path)))
+    assert other.best == run.best
+    assert run.best is not None
 
 
 def evaluated(run_dir: Path) -> float:
@@ -289,6 +395,17 @@ def test_a_small_step_has_few_threads(pixels: int, threads: int) -> None:
         assert torch.get_num_threads() == 3
 
 
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(4, 2, 2), (8, 2, 3), (1, 2, 1), (1, 1, 3)])
+def test_processes_of_a_machine_share_its_cores(
+    cores: int, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otmix.training.launch.cores", lambda: cores)
+    with threads_for(2**20, torch.device("cpu"), processes):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 3
+
+
 @pytest.mark.usefixtures("three_threads", "no_pictures")
 def test_a_run_has_the_threads_that_its_batches_can_use(tmp_path: Path) -> None:
     for batch, threads in ((32, 1), (128, 2)):  # of 8 × 8 pixels
@@ -334,6 +451,23 @@ def test_the_run_directory_is_complete(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.uname().nodename not in text
 
 
+@pytest.mark.parametrize(
+    ("typed", "given", "recorded"),
+    [
+        (["/usr/bin/otmix", "train", "--root", "my birds"], "", "otmix train --root 'my birds'"),
+        (["/lib/otmix/__main__.py", "train"], "", "otmix train"),
+        (["own.py", "--lr", "1"], "", "python"),
+        (["/usr/bin/otmix", "train"], "otmix compare 'a b'", "otmix compare 'a b'"),
+    ],
+)
+def test_the_recorded_command_can_be_typed_again(
+    typed: list[str], given: str, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", typed)
+    monkeypatch.setenv("OTMIX_COMMAND", given)
+    assert command() == recorded
+
+
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("method", ["erm", "otmix"])
 def test_bfloat16(method: str, tmp_path: Path) -> None:
@@ -374,6 +508,29 @@ def test_torchs_own_random_numbers_are_resumed(tmp_path: Path, monkeypatch: pyte
     assert weights(train(replace(config, out=str(tmp_path / "quiet")))) != weights(whole)
 
 
+def test_official_features_leave_the_streamed_confusion_as_it_is(tmp_path: Path) -> None:
+    changed = replace(TINY.set, features="official", mix_probability=1.0, curriculum_power=0.0)
+    run = built(replace(TINY, set=changed), tmp_path)
+    train_epoch(run)
+    assert run.confusion_source is not None
+    counted = run.confusion_source.counter.table.value.sum(1)
+    torch.testing.assert_close(counted, torch.bincount(run.background.labels, minlength=10).float())
+    finish_epoch(run)
+    assert run.confusion is not None
+
+
+def test_a_loss_with_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Learning(CrossEntropy):
+        def __init__(self, counts: ClassCounts) -> None:
+            super().__init__(counts)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+    monkeypatch.setitem(LOSSES, "learning", Learning)
+    config = replace(TINY, method="learning")
+    with pytest.raises(UserError, match="the loss learning has parameters of its own"):
+        prepare(config, load_data(config))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("otmix.training.loop.SHOW_EVERY_SECONDS", 0.0)
@@ -392,6 +549,49 @@ def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.
     assert places == [(epoch, step + 1, 5) for epoch in range(3) for step in range(5)]
     info = next(arguments[0] for name, arguments in told if name == "start")
     assert (info.images, info.classes, info.epochs, info.steps_per_epoch) == (IMAGES, 10, 3, 5)
+
+
+def test_the_note_says_when_no_epoch_lies_in_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otmix.training.run.fit", lambda run: None)
+    monkeypatch.setattr("otmix.training.run.finish", lambda run, plan: None)
+    notes: list[bool] = []
+
+    class Listener(Silent):
+        def start(self, info: Any) -> None:
+            notes.append(any(note.startswith("Nothing will be mixed: none of 3 epochs") for note in info.notes))
+
+    for name, settings in (("otmix", {"mix_from": 0.7}), ("otmix", {"mix_from": 0.6}), ("erm", {})):
+        config = replace(TINY, method=name, set=Overrides(**settings), out=str(tmp_path / str(len(notes))))  # type: ignore[arg-type]
+        train(config, Listener())
+    assert notes == [True, False, False]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("method", "said"), [("otmix", "batches streamed from train"), ("erm", None)])
+def test_the_result_says_where_f_came_from(method: str, said: str | None, tmp_path: Path) -> None:
+    run_dir = train(replace(TINY, method=method, protocol="clean", epochs=2, out=str(tmp_path / "run")))
+    found = json.loads((run_dir / "result.json").read_text())["confusion"]
+    assert found == (None if said is None else f"soft counts on {said}, adaptive")
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(14, []), (13, [10]), (5, [10, 20])])
+def test_several_processes_save_when_it_is_due(
+    batch: int, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ask each other in every tenth step, but in the last one, which a checkpoint follows anyway."""
+    asked, saved = list[bool](), list[int]()
+
+    def agreed_with(self: StopRequest, fabric: object, other: bool) -> list[bool]:
+        asked.append(other)
+        return [False, other]
+
+    run = built(replace(TINY, method="erm", batch_size=batch, checkpoint_minutes=0.0), tmp_path)
+    monkeypatch.setattr(StopRequest, "agreed_with", agreed_with)
+    monkeypatch.setattr("otmix.training.loop.save", lambda run: saved.append(run.step))
+    run.fabric = SimpleNamespace(world_size=2, global_rank=0, device=run.fabric.device, backward=run.fabric.backward)  # type: ignore[assignment]
+    train_epoch(run)
+    assert saved == steps
+    assert asked == [True] * len(steps)
 
 
 @pytest.mark.usefixtures("no_pictures")
