@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from otmix.errors import UserError
 from otmix.mixer import MixSchedule
+from otmix.mixing import CutMix
 from otmix.own_loop import OTMixer
-from otmix.pairing import TransportPairing
+from otmix.pairing import Curriculum, IndexPairing, PairingContext, TransportPairing
+from otmix.randomness import Moment
+from otmix.types import Embed, Items, Pairs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -251,3 +255,81 @@ def test_labels_out_of_range_are_named(label: int) -> None:
         mixer.end_epoch([good, bad])
     assert (mixer.epoch, mixer.step) == (0, 0)
     mixer(good, good)
+
+
+def first_and_last() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A batch of common images, and one with rare ones."""
+    images, labels = dataset().tensors
+    return (images[:16], labels[:16]), (images[-16:], labels[-16:])
+
+
+def test_the_defaults_are_those_of_the_clean_protocol() -> None:
+    mixer = OTMixer(Net(), dataset().tensors[1], epochs=240)
+    built = mixer.batch_mixer
+    assert built.schedule == MixSchedule(0.5, (4 / 240, 237 / 240), 1.0)
+    assert built.pairing == Curriculum(built.pairing.first, built.pairing.then, 1.0, "batch", True)  # type: ignore[attr-defined]
+    assert isinstance(built.pairing.first, IndexPairing)
+    assert isinstance(built.pairing.then, TransportPairing)
+    assert built.mixer == CutMix(4.0, "exact", "batch")
+    assert mixer.counter.decay == 0.9
+
+
+def test_each_call_has_a_moment_of_its_own() -> None:
+    mixer = make(Net(), seed=7, rank=1, world=2, pairing=IndexPairing())
+    moments = []
+    for _ in range(2):
+        for _ in range(2):
+            moments.append(mixer.moment)
+            mixer(*first_and_last())
+        mixer.end_epoch()
+    assert moments == [Moment(7, 0, epoch, 4, step, rank=1) for epoch in range(2) for step in range(2)]
+
+
+def test_resumes_within_an_epoch() -> None:
+    one, other = (make(Net(), pairing=IndexPairing()) for _ in range(2))
+    for _ in range(3):
+        one(*first_and_last())
+    other.load_state_dict(one.state_dict())
+    assert other.moment == one.moment
+    assert torch.equal(other(*first_and_last()).images, one(*first_and_last()).images)
+
+
+def test_the_pairing_is_shown_the_confusion_of_the_epoch_before() -> None:
+    shown = []
+
+    class Watching(IndexPairing):
+        def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+            shown.append(context.confusion)
+            return super().__call__(foreground, background, embed, context)
+
+    mixer = make(Net(), pairing=Watching())
+    mixer(*first_and_last())
+    mixer.end_epoch(validation=[dataset().tensors])
+    mixer(*first_and_last())
+    assert shown == [None, mixer.confusion]
+    assert mixer.confusion is not None
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_what_was_streamed_fades_with_each_epoch(validated: bool) -> None:
+    mixer = make(Net(), pairing=TransportPairing())
+    mixer(*first_and_last())
+    counted = mixer.counter.table.value.clone()
+    for epoch in range(1, 3):
+        mixer.end_epoch([dataset().tensors] if validated else None)
+        torch.testing.assert_close(mixer.counter.table.value, counted * 0.9**epoch)
+    assert float(counted.sum()) == pytest.approx(16)
+
+
+def test_foregrounds_of_another_dataset_are_refused() -> None:
+    images, labels = dataset().tensors
+    with pytest.raises(UserError, match="the foreground dataset has 59 images, but OTMixer was given 60 labels"):
+        make(Net()).foreground_loader(TensorDataset(images[1:], labels[1:]), batch_size=16)
+
+
+@pytest.mark.parametrize(("epochs", "refused"), [(2, True), (3, False), (4, True), (5, False)])
+def test_a_training_that_would_mix_nothing_is_refused(epochs: int, refused: bool) -> None:
+    """The window's first edge belongs to it, its last does not."""
+    schedule = MixSchedule(window=(0.6, 0.75))
+    with pytest.raises(UserError, match="OTMixer would mix nothing") if refused else nullcontext():
+        OTMixer(Net(), dataset().tensors[1], epochs, schedule=schedule)
