@@ -1,5 +1,7 @@
 """When a batch is mixed, and that the way from two batches to a mix keeps images, labels and shares together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,6 +86,21 @@ def test_all_processes_agree_on_mixing() -> None:
     schedule = MixSchedule(0.5)
     for step in range(40):
         assert schedule.mixes(Moment(step=step, rank=0)) == schedule.mixes(Moment(step=step, rank=1))
+
+
+@pytest.mark.parametrize("place", ["seed", "stage", "epoch", "step"])
+def test_what_is_mixed_and_how_depends_on_the_moment(place: str) -> None:
+    back, fore, mixes, shares, chosen = batch(4, 1), batch(4, 2), set(), set(), set()
+    for i in range(40):
+        moment = replace(Moment(epochs=100), **{place: i})
+        mixes.add(MixSchedule(0.5).mixes(moment))
+        mixer = BatchMixer(IndexPairing(), CutMix(), MixSchedule(fraction=0.5))
+        mixed = mixer(back, fore, look, PairingContext(moment))
+        shares.add(float(mixed.image_share.min()))
+        chosen.add(tuple(mixed.mixed.tolist()))
+    assert mixes == {True, False}
+    assert len(shares) > 1
+    assert len(chosen) > 1
 
 
 def test_a_missing_foreground_is_named() -> None:

@@ -1,5 +1,9 @@
 """Who is pasted into whom."""
 
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
 import pytest
 import torch
 
@@ -14,7 +18,8 @@ from otmix.pairing import (
     WithinBatchPairing,
 )
 from otmix.randomness import Moment
-from otmix.types import Confusion, ConfusionOrigin, Embed, Embedded, Items
+from otmix.transport import sinkhorn
+from otmix.types import Confusion, ConfusionOrigin, Embed, Embedded, Items, Plan
 
 
 def items(*labels: int) -> Items:
@@ -142,6 +147,31 @@ def test_selection_follows_its_law(select: str) -> None:
     assert (counts / 800 - row / row.sum()).abs().max() < 0.06
 
 
+def test_softmax_is_over_the_backgrounds_of_a_foreground(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = torch.zeros(3)
+    plan = Plan(torch.tensor([[3.0, 0, 0]] * 2), none[:2], none, torch.tensor(1), torch.tensor(0.0), torch.tensor(True))
+    monkeypatch.setattr("otmix.pairing.sinkhorn", lambda cost, **settings: plan)
+    fore, back = items(0, 0), items(1, 1, 1)
+    features, pairing = {id(fore): torch.ones(2, 2), id(back): torch.ones(3, 2)}, TransportPairing(select="softmax")
+    drawn = torch.cat([pairing(fore, back, looker(features), context(step=s)).background for s in range(300)])
+    assert float((drawn == 0).float().mean()) == pytest.approx(math.e**3 / (math.e**3 + 2), abs=0.05)
+
+
+def test_the_solver_gets_the_settings_of_the_pairing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def solve(cost: torch.Tensor, **settings: Any) -> Plan:
+        given.update(settings)
+        return sinkhorn(cost, **settings)
+
+    monkeypatch.setattr("otmix.pairing.sinkhorn", solve)
+    fore, back = items(0), items(1, 1)
+    features = {id(fore): torch.ones(1, 2), id(back): torch.ones(2, 2)}
+    settings = {"epsilon": 0.2, "max_iterations": 7, "tolerance": 0.3}
+    TransportPairing(**settings)(fore, back, looker(features), context())  # type: ignore[arg-type]
+    assert given == settings
+
+
 def test_autocast_does_not_reach_the_cost() -> None:
     fore, back = items(*[0] * 16), items(*[1] * 16)
     g = torch.Generator().manual_seed(0)
@@ -219,6 +249,16 @@ def test_curriculum_from_zero_never_transports_in_the_first_epoch_and_per_epoch_
     assert share_of_then(Curriculum(first, then, one_based=False), 0, 10, 300) == 0
     shares = {share_of_then(Curriculum(first, then, per="epoch"), epoch, 40, 20) for epoch in range(40)}
     assert shares == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("per", "place"), [("batch", name) for name in ("seed", "stage", "epoch", "step")]
+    + [("epoch", name) for name in ("seed", "stage", "epoch")],
+)  # fmt: skip
+def test_the_curriculum_depends_on_its_moment(per: Literal["batch", "epoch"], place: str) -> None:
+    curriculum, moment = Curriculum(*pair_of_names(), per=per), Moment(epoch=500_000, epochs=10**6)
+    others = (replace(moment, **{place: getattr(moment, place) + i}) for i in range(40))
+    assert {curriculum.choose(other).name for other in others} == {"first", "then"}  # type: ignore[attr-defined]
 
 
 def test_all_processes_choose_alike() -> None:

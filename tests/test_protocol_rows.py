@@ -11,16 +11,19 @@ import torch
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
+from otmix.files import write_json
 from otmix.pairing import PairingContext
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
 from otmix.training.loop import RunState
+from otmix.training.outcome import _looks_at_test
+from otmix.training.records import data_record
 from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
-from otmix.types import Items, Mixed, Output
+from otmix.types import Batch, Confusion, ConfusionOrigin, Items, Mixed, Output
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,10 @@ def digits() -> ImageDataset:
     return load_data(RunConfig(data="digits"))
 
 
-def build(dataset: ImageDataset, path: Path, method: str = "otmix", epochs: int = 240, **settings: Any) -> RunState:
-    config = RunConfig(method=method, epochs=epochs, set=Overrides(**settings))
+def build(
+    dataset: ImageDataset, path: Path, method: str = "otmix", epochs: int = 240, seed: int = 0, **settings: Any
+) -> RunState:
+    config = RunConfig(method=method, epochs=epochs, seed=seed, set=Overrides(**settings))
     return build_run(make_fabric(config), path, prepare(config, dataset), Silent())
 
 
@@ -117,8 +122,6 @@ def test_box(digits: ImageDataset, tmp_path: Path) -> None:
         mixer = build(digits, tmp_path, box=box).state.mixer
         assert mixer is not None
         black = torch.zeros(1, 1, 32, 32)
-        from otmix.types import Batch, Items
-
         back, fore = Batch(Items(torch.tensor([0])), black), Batch(Items(torch.tensor([1])), black)
         g = torch.Generator().manual_seed(0)
         shares = [float(mixer.mixer.apply(back, fore, mixer.mixer.draw(1, 32, 32, g)).image_share) for _ in range(1500)]
@@ -182,6 +185,20 @@ def test_balanced_subset_has_as_many_of_each_class_as_there_are(digits: ImageDat
     assert torch.equal(got, digits.counts.counts.clamp_max(12))
 
 
+def test_the_balanced_subset_is_drawn_by_the_seed(digits: ImageDataset, tmp_path: Path) -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        source = build(digits, tmp_path, seed=seed, confusion_from="balanced-train").confusion_source
+        assert source is not None
+        assert source.items is not None
+        assert source.items.index is not None
+        assert torch.equal(source.items.labels, digits.train.labels[source.items.index])
+        drawn.append(source.items.index[source.items.labels == 0].tolist())
+    once, again, other = drawn
+    assert once == again
+    assert set(once) != set(other)
+
+
 def test_soft_and_hard_counts(digits: ImageDataset, tmp_path: Path) -> None:
     for soft in (True, False):
         run = build(digits, tmp_path, confusion_from="train", confusion_soft=soft)
@@ -205,8 +222,6 @@ def test_soft_and_hard_counts(digits: ImageDataset, tmp_path: Path) -> None:
 )
 def test_what_reaches_the_plan_and_the_mix(digits: ImageDataset, tmp_path: Path, setting: str, value: Any) -> None:
     """The same step of the same run differs in its plan (or its choice, or its box) when one setting does."""
-    from otmix.types import Confusion, ConfusionOrigin
-
     g = torch.Generator().manual_seed(5)
     matrix = torch.rand(10, 10, generator=g) + 5 * torch.eye(10)
     results = []
@@ -244,6 +259,19 @@ def test_a_wrong_confusion(digits: ImageDataset, tmp_path: Path, setting: str) -
     assert not torch.allclose(found[0], found[1], atol=0.01)
 
 
+@pytest.mark.parametrize("setting", ["confusion_shuffle", "confusion_noise"])
+def test_how_a_confusion_is_wrong_is_drawn_by_the_seed(digits: ImageDataset, tmp_path: Path, setting: str) -> None:
+    true = Confusion(torch.eye(10), ConfusionOrigin())
+    found = []
+    for seed in (0, 0, 1):
+        source = build(digits, tmp_path, seed=seed, **{setting: 1.0}).confusion_source
+        assert source is not None
+        found.append(source.perturb(true).matrix)
+    once, again, other = found
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+
+
 def test_a_fixed_confusion(digits: ImageDataset, tmp_path: Path) -> None:
     """F is the finished run's from the first step on, on the data that are named, and no epoch changes it."""
     from otmix.training import open_run, train
@@ -267,6 +295,17 @@ def test_a_fixed_confusion(digits: ImageDataset, tmp_path: Path) -> None:
     train_epoch(run)
     finish_epoch(run)
     assert torch.equal(run.confusion.matrix, before)
+
+
+@pytest.mark.parametrize(("method", "told"), [("otmix", True), ("cmo", False)])
+def test_what_the_run_of_a_fixed_confusion_saw_counts(
+    method: str, told: bool, digits: ImageDataset, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "data.json", data_record(digits))
+    for looked in (True, False):
+        write_json(tmp_path / "result.json", {"looks_at_test": looked})
+        changed = Overrides(confusion_run=str(tmp_path)) if method == "otmix" else Overrides()
+        assert _looks_at_test(prepare(RunConfig(method=method, set=changed), digits)) == (looked and told)
 
 
 def test_a_fixed_confusion_must_fit(digits: ImageDataset, tmp_path: Path) -> None:

@@ -294,6 +294,12 @@ def test_sampler_shares_one_stream_among_processes(n: int, world: int) -> None:
     assert dealt == list(ForegroundSampler(labels, math.ceil(n / world) * world))
 
 
+def test_sampler_defaults_to_the_inverse_frequency() -> None:
+    labels = shuffled_labels(C10_100).tolist()
+    inverse, uniform = (list(ForegroundSampler(labels, 100, r=r)) for r in (1.0, 0.0))
+    assert list(ForegroundSampler(labels, 100)) == inverse != uniform
+
+
 def test_sampler_defaults_to_one_draw_per_image_and_refuses_nonsense() -> None:
     assert len(ForegroundSampler([0, 1, 1])) == len(list(ForegroundSampler([0, 1, 1]))) == 3
     with pytest.raises(UserError, match="foregrounds"):
