@@ -300,6 +300,18 @@ def test_open_store_augments_training_only(arrays: ArraySource, files: FileSourc
         assert not torch.equal(train.fetch(items, 5).images, test.fetch(items, 5).images)
 
 
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("resident_bytes", [1 << 30, 0])
+def test_large_images_are_mirrored_only_where_that_means_the_same(
+    files: FileSource, flip: bool, resident_bytes: int
+) -> None:
+    dataset = dataset_of(files, 72, flip=flip)
+    opened = open_store(files, dataset, "cpu", train=True, workers=0, resident_bytes=resident_bytes)
+    want = WorkerStore(files, 72, "cpu", WindowFlip(72, flip), workers=0)
+    items, seed = items_of(files), 5
+    assert torch.equal(opened.fetch(items, seed).images, want.fetch(items, seed).images)
+
+
 def test_smallest_crop_reaches_the_windows(files: FileSource) -> None:
     items, dataset = items_of(files), dataset_of(files, 72)
     wide, narrow = (

@@ -20,6 +20,7 @@ from otmix.losses import (
     ClassBalancedSigmoid,
     ClassBalancedSoftmax,
     CrossEntropy,
+    DeferredReweighting,
     Focal,
     LogitAdjustment,
     Reduction,
@@ -131,6 +132,17 @@ def test_a_batch_of_one_class(name: str) -> None:
         labels = torch.full((6,), y)
         got = LOSSES[name](counts).per_label(Output(logits), labels, 0.0)
         assert got.tolist() == pytest.approx(slow(name, logits, labels, counts), rel=2e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
+def test_other_betas(beta: float) -> None:
+    want = 1 / (1 - beta ** CIFAR.counts.double())
+    want = (10 * want / want.sum()).float()
+    deferred = DeferredReweighting(CIFAR, beta, start=0.5).class_weight(0.5)
+    assert deferred is not None
+    torch.testing.assert_close(deferred, want)
+    for part in (ClassBalancedSoftmax, ClassBalancedSigmoid, ClassBalancedFocal):
+        torch.testing.assert_close(part(CIFAR, beta=beta).weight, want)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])

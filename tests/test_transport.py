@@ -141,11 +141,29 @@ def test_what_holds_of_every_plan(
     assert 1 <= int(plan.iterations) <= iterations
 
 
-def test_the_potentials_make_the_coupling() -> None:
+@pytest.mark.parametrize("solve", [sinkhorn, on_other_devices])
+def test_the_potentials_make_the_coupling(solve: Callable[..., Plan]) -> None:
     cost = COSTS["10 classes"].double()
-    plan = sinkhorn(cost, epsilon=0.05, max_iterations=500)
+    plan = solve(cost, epsilon=0.05, max_iterations=500)
     made = ((plan.foreground_potential[:, None] + plan.background_potential - cost) / 0.05).exp()
     torch.testing.assert_close(made, plan.coupling)
+
+
+@pytest.mark.parametrize("solve", [sinkhorn, on_other_devices])
+def test_the_error_is_that_of_the_worse_marginal(solve: Callable[..., Plan]) -> None:
+    """After few iterations the rows are exact and the columns are not."""
+    plan = solve(COSTS["more foregrounds"].double(), epsilon=0.005, max_iterations=8)
+    rows, columns = (float((plan.coupling.sum(axis) - 1 / n).abs().sum()) for axis, n in ((1, 90), (0, 40)))
+    assert rows < 1e-9 < 0.01 < columns
+    assert float(plan.marginal_error) == pytest.approx(columns)
+
+
+def test_masses_that_nearly_sum_to_one_are_divided_by_their_sum() -> None:
+    cost, a, b = uniform(6, 8, 0).double(), torch.full((6,), 1 / 6).double(), torch.full((8,), 1 / 8).double()
+    plan = sinkhorn(cost, 1.0008 * a, 0.9993 * b, epsilon=0.1, max_iterations=2000, tolerance=1e-9)
+    assert bool(plan.converged)
+    torch.testing.assert_close(plan.coupling.sum(1), a)
+    torch.testing.assert_close(plan.coupling.sum(0), b)
 
 
 def test_given_masses() -> None:
