@@ -410,6 +410,9 @@ def test_open_run_wants_a_finished_run(stopped: Path, reference: Path, tmp_path:
         ({"protocol": "paper", "set": {"epsilon": 0.0}}, "epsilon"),
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"pretrained": True}, "pretrained"),
+        ({"optimizer": "adamw", "nesterov": True}, "--nesterov"),
+        ({"set": {"loss.tua": 2.0}}, "--set.loss.tua"),
+        ({"method": "logit-adjustment", "set": {"loss.tua": 2.0}}, "did you mean --set.loss.tau?"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], word: str, tmp_path: Path) -> None:

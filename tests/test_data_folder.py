@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from otmix.config import RunConfig
 from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset, require_readable
 from otmix.data.folder import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIZE
 from otmix.errors import UserError
 from otmix.models import default_backbone, timm_data_config
+from otmix.training import train
 
 
 def put(root: Path, *names: str, size: tuple[int, int] = (12, 10)) -> None:
@@ -359,6 +364,24 @@ def test_fingerprint_sees_names_sizes_labels_and_order_only(tmp_path: Path) -> N
     path = tmp_path / "one/train/a/000.png"
     path.write_bytes(path.read_bytes() + b"\0")
     assert digest(whole) != before
+
+
+def test_file_names_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otmix.reports.figures.png_bytes", lambda figure: b"")
+    root = tmp_path / "images"
+    put(root, *numbered("train/a", 3), *numbered("train/b", 3), "test/a/0.png", "test/b/0.png")
+    torn = root / "train/a" / os.fsdecode(b"\xff.png")
+    try:
+        (root / "train/a/001.png").rename(root / "train/a" / os.fsdecode(b"\xe9.png"))
+        torn.write_bytes(b"torn")
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    config = RunConfig(data="folder", root=str(root), on_bad_image="skip", method="erm", backbone="resnet8")
+    run_dir = train(replace(config, epochs=1, batch_size=4, accelerator="cpu", out=str(tmp_path / "run")))
+    record = json.loads((run_dir / "data.json").read_text("utf-8"))
+    assert record["counts"] == [3, 3]
+    assert list(record["left_out"]) == [f"train/a/{torn.name}"]
+    train(replace(config, epochs=1, batch_size=4, accelerator="cpu", out=str(run_dir), resume=True))
 
 
 def test_a_dataset_of_ones_own_is_checked() -> None:

@@ -715,6 +715,15 @@ def test_a_run_that_ended_on_another_device_says_so(tmp_path: Path) -> None:
     assert text.splitlines()[4].endswith("| – |")
 
 
+def test_a_shot_group_that_one_seed_lacks_has_no_mean(tmp_path: Path) -> None:
+    for seed, few in ((0, 0.5), (1, None)):
+        groups = {"many": 0.2, "medium": 0.3, "few": few}
+        config = replace(BASE, seed=seed, out=str(tmp_path / f"r{seed}"))
+        write_unit(finish_run(config, 0.3, evaluation={"group_error": groups}), tmp_path)
+    cells = results_table(read_units(tmp_path)).splitlines()[4].split(" | ")
+    assert cells[4:7] == ["20.00 ± 0.00", "30.00 ± 0.00", "–"]
+
+
 def test_units_that_saw_other_images_are_not_put_into_one_line(tmp_path: Path) -> None:
     for seed, digest in ((0, "x"), (1, "y")):
         splits = {"train": {"images": 9, "sha256": digest}}

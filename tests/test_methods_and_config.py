@@ -8,7 +8,7 @@ import pytest
 
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
-from otmix.methods import ALIASES, all_methods, known_losses, known_mixers, parse_method
+from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
 from otmix.training.schedules import Schedule
 
@@ -123,6 +123,18 @@ def test_the_table_of_design_section_5() -> None:
     assert [name for name, p in PROTOCOLS.items() if p.looks_at_test] == ["official"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "looks"),
+    [
+        (Overrides(confusion_from="test"), True),
+        (Overrides(headline="best-on-test"), True),
+        (Overrides(confusion_from="validation"), False),
+    ],
+)
+def test_either_look_at_the_test_set_is_one(settings: Overrides, looks: bool) -> None:
+    assert resolve("clean", settings).looks_at_test == looks
+
+
 def test_overrides_change_single_settings() -> None:
     changed = resolve("paper", Overrides(alpha=1.0, keep_diagonal=True))
     assert changed == replace(PROTOCOLS["paper"], alpha=1.0, keep_diagonal=True)
@@ -132,6 +144,38 @@ def test_overrides_change_single_settings() -> None:
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         resolve("clean", Overrides(**bad))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        (Overrides(omega=0.0, metric="euclidean"), "metric changes nothing .* omega is 0"),
+        (Overrides(omega=0.0, features="official"), "features changes nothing .* omega is 0"),
+        (Overrides(omega=1.0, keep_diagonal=True), "keep_diagonal changes nothing .* omega is 1"),
+        (Overrides(omega=1.0, confusion_from="train"), "confusion_from changes nothing .* omega is 1"),
+        (Overrides(omega=1.0, confusion_noise=0.5), "confusion_noise changes nothing .* omega is 1"),
+        (Overrides(confusion_per_class=9), "confusion_per_class changes nothing .* F comes from streamed"),
+        (Overrides(confusion_per_class=9, confusion_from="test"), "confusion_per_class .* F comes from test"),
+    ],
+)
+def test_settings_that_others_make_idle_are_refused(settings: Overrides, because: str) -> None:
+    with pytest.raises(UserError, match=because):
+        check_settings(settings, "clean", ["erm", "otmix"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        (Overrides(omega=0.0, keep_diagonal=True, confusion_noise=0.5), "otmix"),
+        (Overrides(omega=1.0, metric="euclidean", features="official"), "otmix"),
+        (Overrides(confusion_from="held-out", confusion_per_class=9), "otmix"),
+        (Overrides(confusion_from="balanced-train", confusion_per_class=9), "otmix"),
+        (Overrides(confusion_from="train", confusion_noise=0.5), "ce+confusion"),
+        (Overrides(alpha=1.0), "cmo"),
+    ],
+)
+def test_settings_that_have_an_effect_are_taken(settings: Overrides, method: str) -> None:
+    check_settings(settings, "clean", [method])
 
 
 def test_unknown_protocol() -> None:

@@ -27,6 +27,8 @@ from otmix.reports import figures
 from otmix.reports.classes import thirds
 from otmix.reports.figures.style import shorten
 from otmix.reports.page import write_comparison_page, write_page
+from otmix.reports.pictures import mixing_pictures
+from otmix.reports.record import read_run
 from otmix.reports.statistics import mean_std, percent, points, seed_values
 from otmix.reports.tables import ONE_SEED, SELECTED_ON_TEST, Table, compare_table, result_table
 
@@ -347,6 +349,31 @@ def test_pair_counts_figure() -> None:
     assert len(alone.axes) == 1
     with pytest.raises(ValueError, match="no pair"):
         figures.pair_counts_figure(0 * index, 0 * transport, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [
+        ("ce+cmo", "random background"),
+        ("ce+cutmix", "partner within the batch"),
+        ("ce+confusion", "background by the confusion"),
+    ],
+)
+def test_pairs_are_told_by_what_found_them(
+    method: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: "|".join(texts(figure)).encode())
+    *_, pairs = mixing_pictures(read_run(fake_run(tmp_path / "run", 2, method=method)))
+    assert f"|{title}: " in pairs.png.decode()
+
+
+@pytest.mark.parametrize(("classes", "pictures"), [(400, 3), (401, 2)])
+def test_pairs_of_very_many_classes_are_not_drawn(
+    classes: int, pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "pair_counts_figure", lambda *arguments: None)
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: b"")
+    assert len(list(mixing_pictures(read_run(fake_run(tmp_path / "run", classes))))) == pictures
 
 
 def test_curves_have_a_panel_for_what_is_known() -> None:
