@@ -382,6 +382,10 @@ def test_file_names_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.Monkey
     assert record["counts"] == [3, 3]
     assert list(record["left_out"]) == [f"train/a/{torn.name}"]
     train(replace(config, epochs=1, batch_size=4, accelerator="cpu", out=str(run_dir), resume=True))
+    for split in ("train", "test"):
+        (root / split / "b").rename(root / split / os.fsdecode(b"\xe9"))
+    loaded = load(root, on_bad_image="skip")
+    assert loaded.class_names == ("a", "\\xe9")
 
 
 def test_a_dataset_of_ones_own_is_checked() -> None:

@@ -165,7 +165,7 @@ class Halves:
         PIXEL_RULES.pop("halves", None)
 
 
-@pytest.mark.parametrize(("name", "method"), [("prior-shift", "prior-shift+otmix"), ("halves", "ce+otmix-halves")])
+@pytest.mark.parametrize(("name", "method"), [("prior-shift", "prior-shift+otmix"), ("beside", "ce+otmix-beside")])
 def test_the_examples_of_contributing_keep_the_contract(
     name: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

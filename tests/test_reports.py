@@ -364,7 +364,7 @@ def test_pairs_are_told_by_what_found_them(
 ) -> None:
     monkeypatch.setattr(figures, "png_bytes", lambda figure: "|".join(texts(figure)).encode())
     *_, pairs = mixing_pictures(read_run(fake_run(tmp_path / "run", 2, method=method)))
-    assert f"|{title}: " in pairs.png.decode()
+    assert f"|{title}\n" in pairs.png.decode()
 
 
 @pytest.mark.parametrize(("classes", "pictures"), [(400, 3), (401, 2)])

@@ -61,6 +61,11 @@ def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -
     )
 
 
+def printable(name: str) -> str:
+    """The name of a file as text: bytes of it that are no UTF-8 as `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what `write_atomic` was filling under `folder` when its process was killed."""
     for path in folder.rglob(".*.tmp"):
@@ -68,7 +73,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    # a file name that is no UTF-8 keeps its bytes in Python's strings, and is shown by their numbers
+    # a file name that is no UTF-8 keeps its bytes in Python's strings
     write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 

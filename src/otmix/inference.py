@@ -19,6 +19,7 @@ from otmix.data.folder import images_below
 from otmix.data.resizing import side_needed
 from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
+from otmix.files import printable
 from otmix.training import Run, open_run
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
@@ -115,7 +116,7 @@ def write_csv(predictions: Iterable[Prediction], stream: TextIO, top: int = 5) -
             top = min(top, len(one.top))
             writer.writerow(_header(top))
         cells = [cell for name, probability in one.top[:top] for cell in (name, f"{probability:.6f}")]
-        writer.writerow([_printable(one.file), *cells])
+        writer.writerow([printable(one.file), *cells])
         written += 1
     if not written:
         writer.writerow(_header(top))
@@ -133,7 +134,7 @@ def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
     for one in predictions:
         ranked = [{"class": name, "probability": round(probability, 6)} for name, probability in one.top]
         line = {
-            "file": _printable(one.file),
+            "file": printable(one.file),
             "class": one.class_name,
             "probability": round(one.probability, 6),
             "top": ranked,
@@ -238,11 +239,6 @@ def read_images(files: Sequence[Path], image_size: int, channels: int) -> tuple[
     return torch.stack(pixels) if pixels else torch.empty(0, channels, image_size, image_size, dtype=torch.uint8), dict(
         sorted(errors.items())
     )
-
-
-def _printable(file: str) -> str:
-    """A file name that is not UTF-8 must not stop the list."""
-    return file.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _warn(skipped: Sequence[Skipped]) -> None:

@@ -13,6 +13,7 @@ from otmix.data.decoding import IMAGE_ENDINGS, size_of
 from otmix.data.resizing import SMALL
 from otmix.data.sources import FileSource, RawData, average_channels
 from otmix.errors import UserError
+from otmix.files import printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE_SIZE = 224
@@ -177,8 +178,8 @@ def _raw(
         return FileSource(root, tuple(paths), torch.repeat_interleave(torch.arange(len(names)), sizes), channels)
 
     return RawData(
-        name=root.resolve().name or "folder",
-        class_names=names,
+        name=printable(root.resolve().name) or "folder",
+        class_names=tuple(map(printable, names)),
         train=source(train),
         validation=None if validation is None else source(validation),
         test=None if test is None else source(test),
