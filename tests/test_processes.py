@@ -407,7 +407,10 @@ def test_torchrun_starts_the_processes(recorded: Callable[[str], Recorded], tmp_
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, str(script)], check=True, env=environment, capture_output=True, timeout=200)
+    done = subprocess.run(
+        [*torchrun, str(script)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
     assert rows(run_dir) == rows(recorded("streamed").run_dir)
     weights = [run / "model.safetensors" for run in (run_dir, recorded("streamed").run_dir)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor, pairs: di
         "labels": labels.cpu().numpy(),
         "probabilities": probabilities.half().numpy(),
     }
-    write_atomic(run.run_dir / "predictions.npz", lambda stream: np.savez_compressed(stream, **arrays))
+    _write_npz(run.run_dir / "predictions.npz", arrays)
     tables: dict[str, Any] = {by: table.to_dense().cpu().long().numpy() for by, table in pairs.items()}
-    write_atomic(run.run_dir / "pairs.npz", lambda stream: np.savez_compressed(stream, **tables))
+    _write_npz(run.run_dir / "pairs.npz", tables)
+
+
+def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # a zip file whose stream a Ctrl-C has closed would complain when it is thrown away
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, lambda stream: stream.write(buffer.getbuffer()))
