@@ -508,6 +508,21 @@ def test_torchs_own_random_numbers_are_resumed(tmp_path: Path, monkeypatch: pyte
     assert weights(train(replace(config, out=str(tmp_path / "quiet")))) != weights(whole)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_a_run_began_with_are_not_asked_for_again(tmp_path: Path) -> None:
+    begins = tmp_path / "begins.safetensors"
+    begins.write_bytes(weights(train(replace(TINY, seed=3, out=str(tmp_path / "before")))))
+    config = replace(TINY, weights=str(begins), out=str(tmp_path / "whole"))
+    whole = train(config)
+    stopped = replace(config, out=str(tmp_path / "stopped"), resume=True)
+    with pytest.raises(Interrupted):
+        train(stopped, StopsOnce())
+    begins.unlink()
+    assert weights(train(stopped)) == weights(whole)
+    with pytest.raises(UserError, match="begins.safetensors"):
+        train(replace(config, out=str(tmp_path / "new")))
+
+
 def test_official_features_leave_the_streamed_confusion_as_it_is(tmp_path: Path) -> None:
     changed = replace(TINY.set, features="official", mix_probability=1.0, curriculum_power=0.0)
     run = built(replace(TINY, set=changed), tmp_path)

@@ -131,7 +131,7 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
         derive_seed(config.seed, "torch", fabric.global_rank)
     )  # dropout and the like draw from torch's own generator
     dataset = _load_with_others(fabric, config, reporter)
-    plan = prepare(config, dataset)
+    plan = prepare(config, dataset, begun=has_begun(run_dir))
     assert plan.config.batch_size is not None  # `prepare` filled it in
     pixels = plan.config.batch_size // fabric.world_size * dataset.image_size**2
     with threads_for(pixels, fabric.device, config.devices):

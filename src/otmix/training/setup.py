@@ -64,8 +64,11 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
     )
 
 
-def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
-    """Fill in the defaults, then build model and stage. Raises UserError for settings that do not go together."""
+def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Plan:
+    """Fill in the defaults, then build model and stage. Raises UserError for settings that do not go together.
+
+    `begun`: the weights come from a checkpoint, so those the run began with are not asked for; they may be gone.
+    """
     method = parse_method(config.method)
     check_read(config.set.parts, [method])  # their names are free text here; the command line checks all settings
     config = replace(config, set=method.converted(config.set))
@@ -93,8 +96,8 @@ def prepare(config: RunConfig, dataset: ImageDataset) -> Plan:
         image_size=dataset.image_size,
         mean=dataset.mean,
         std=dataset.std,
-        pretrained=bool(config.pretrained),
-        weights=config.weights,
+        pretrained=bool(config.pretrained) and not begun,
+        weights=None if begun else config.weights,
         seed=derive_seed(config.seed, "model"),
         **architecture_of(method, criterion, filled),
     )
