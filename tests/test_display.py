@@ -118,6 +118,21 @@ def test_slow_epochs_show_that_they_are_alive(stream: io.StringIO) -> None:
     assert said[0][1] == duration(94 * 10)
 
 
+def test_lines_say_how_far_judging_is_seldom_beside_epochs(stream: io.StringIO) -> None:
+    time = Time()
+    reporter = lines(stream, time)
+    for done in range(1, 101):
+        time.seconds += 1
+        reporter.looking(100 * done, 10_000)
+    said = re.findall(r"^judging images: (\S+) of 10,000$", stream.getvalue(), re.MULTILINE)
+    assert said == [f"{100 * done:,}" for done in range(5, 101, 5)]
+    reporter.start(info(epochs=2))
+    for done in range(1, 101):
+        time.seconds += 1
+        reporter.looking(100 * done, 10_000)
+    assert stream.getvalue().count("judging") == len(said) + 1
+
+
 def test_finish_says_what_the_run_is_worth(stream: io.StringIO, tmp_path: Path) -> None:
     run_dir = tmp_path / ("long" * 40)
     run_dir.mkdir()
@@ -164,8 +179,13 @@ def test_live_display_shows_the_state_and_tidies_up(stream: io.StringIO) -> None
     reporter.loading(10, 2000)
     time.seconds += 1
     reporter.loading(2000, 2000)
+    reporter.looking(512, 3000)  # F of a finished run
+    time.seconds += 1
+    reporter.looking(3000, 3000)
+    assert reporter.bars is None
     reporter.start(info(epochs=4))
     time.seconds += 10
+    reporter.looking(64, 640)
     reporter.epoch(row(0))
     reporter.step(progress(1, 25, epochs=4))
     reporter.message("[red] is no style")
@@ -173,6 +193,8 @@ def test_live_display_shows_the_state_and_tidies_up(stream: io.StringIO) -> None
     said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     for part in (
         "2,000/2,000 images",
+        "3,000/3,000 images",
+        "judging 64/640 images",
         "1/4 epochs",
         "25/50 steps",
         "0:25 left",

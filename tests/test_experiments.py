@@ -378,7 +378,11 @@ def test_the_json_holds_all_of_it(tmp_path: Path, trainer: Trainer) -> None:
     trainer.raises[("ce", 2)] = UserError("broken")
     found = run(tmp_path, ["erm", "cmo"])
     saved = json.loads(found.path.read_text())
-    assert found.path == tmp_path / "runs" / "comparison.json"
+    assert found.path.parent == tmp_path / "runs"
+    other = run(tmp_path, ["erm"])
+    assert other.path != found.path
+    assert json.loads(found.path.read_text()) == saved
+    assert run(tmp_path, ["erm"]).path == other.path
     assert saved["rows"] == list(found.rows)
     assert saved["notes"] == list(found.notes)
     assert saved["differences"][0]["mean"] == found.differences[0].mean

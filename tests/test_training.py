@@ -286,8 +286,13 @@ def test_a_confusion_of_a_pass_has_the_probabilities_of_the_loss(soft: bool) -> 
 def test_the_evaluation_has_the_probabilities_of_the_loss() -> None:
     run = built(POST_HOC)
     items, want = everything(run)
-    found = predict_items(run.fabric, run.state.model, run.state.criterion, run.store, items, 50)
+    heard: list[tuple[int, int]] = []
+    found = predict_items(
+        run.fabric, run.state.model, run.state.criterion, run.store, items, 50, lambda *told: heard.append(told)
+    )
     torch.testing.assert_close(found, want)
+    n = len(items)
+    assert heard == [(min(done, n), n) for done in range(50, n + 50, 50)]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -519,7 +524,7 @@ def test_weights_a_run_began_with_are_not_asked_for_again(tmp_path: Path) -> Non
         train(stopped, StopsOnce())
     begins.unlink()
     assert weights(train(stopped)) == weights(whole)
-    with pytest.raises(UserError, match="begins.safetensors"):
+    with pytest.raises(UserError, match=r"begins\.safetensors"):
         train(replace(config, out=str(tmp_path / "new")))
 
 
@@ -557,7 +562,7 @@ def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.
 
     run_dir = train(replace(TINY, out=str(tmp_path / "run")), Listener())  # type: ignore[arg-type]
     story = [name for name, _ in told if name != "loading"]
-    assert story == ["start", *(["step"] * 5 + ["epoch"]) * 3, "finish", "close"]
+    assert story == ["start", *(["step"] * 5 + ["looking", "epoch"]) * 3, "looking", "looking", "finish", "close"]
     assert [arguments[0] for name, arguments in told if name == "epoch"] == log(run_dir)
     steps = [arguments[0] for name, arguments in told if name == "step"]
     places = [(step.epoch, step.step, step.steps) for step in steps]

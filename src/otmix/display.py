@@ -50,13 +50,13 @@ def make_reporter(console: Console | None = None, *, brief: bool = False) -> Rep
 
 
 @contextmanager
-def shown_reading() -> Iterator[Callable[[int, int], None]]:
-    """Shows how many images have been read, on stderr: for commands whose result goes to stdout."""
+def reporter_on_stderr() -> Iterator[Reporter]:
+    """For commands whose result goes to stdout."""
     from rich.console import Console
 
     reporter = make_reporter(Console(stderr=True))
     try:
-        yield reporter.loading
+        yield reporter
     finally:
         reporter.close()
 
@@ -163,6 +163,12 @@ class LineReporter(_Reporter):
             self.shown = self.now()
             self.say(f"reading images: {done:,} of {total:,}")
 
+    def looking(self, done: int, total: int) -> None:
+        # beside the lines of the epochs seldom
+        if self.now() - self.shown >= (12 if self.epochs else 1) * LINE_SECONDS:
+            self.shown = self.now()
+            self.say(f"judging images: {done:,} of {total:,}")
+
     def step(self, progress: Progress) -> None:
         # an epoch of hours still shows that it is alive
         if self.now() - self.shown >= 12 * LINE_SECONDS:
@@ -218,6 +224,18 @@ class LiveReporter(_Reporter):
             self._update("reading", completed=done, total=total, shown=f"{done:,}/{total:,} images")
             self._draw(always=done >= total)
         if done >= total and "reading" in self.tasks:
+            self.close()
+
+    def looking(self, done: int, total: int) -> None:
+        if self.bars is None:
+            self._open({"judging": (done, total, "images")})
+        shown = f"{done:,}/{total:,} images"
+        if "judging" in self.tasks:
+            self._update("judging", completed=done, total=total, shown=shown)
+        elif "epoch" in self.tasks:
+            self._update("epoch", state=f"judging {shown}")
+        self._draw(always=done >= total)
+        if done >= total and "judging" in self.tasks:
             self.close()
 
     def step(self, progress: Progress) -> None:

@@ -24,6 +24,7 @@ from otmix.training import Run, open_run
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
 from otmix.training.launch import make_fabric
+from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data, split_of
 from otmix.types import Batch, Items
 
@@ -62,12 +63,14 @@ def predict_paths(
     batch_size: int = 64,
     device: Device = "auto",
     on_skipped: Callable[[Sequence[Skipped]], object] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Prediction]:
     """Classify image files with a finished run, in the order of `find_images(paths)`.
 
     An image is decoded, resized and judged exactly as in the run's final evaluation. With "skip", images that cannot be
     read are left out, and told to `on_skipped` after the last prediction (default: counted and listed in a warning of
-    the logger "otmix", which goes to stderr). Raises UserError, before the first prediction, for a run that is not
+    the logger "otmix", which goes to stderr). `progress` hears after each batch how many files of how many are done.
+    Raises UserError, before the first prediction, for a run that is not
     finished, a path that does not exist, or no image at all; later for a broken image.
     """
     if top < 1 or batch_size < 1:
@@ -76,9 +79,8 @@ def predict_paths(
         raise UserError(f"--on-bad-image {on_bad_image} is unknown; give error or skip")
     files = find_images(paths)
     run = open_run(run_dir)
-    return _predict(
-        run, files, min(top, len(run.class_names)), on_bad_image == "skip", batch_size, device, on_skipped or _warn
-    )
+    top, skip = min(top, len(run.class_names)), on_bad_image == "skip"
+    return _predict(run, files, top, skip, batch_size, device, on_skipped or _warn, progress)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -149,17 +151,19 @@ def evaluate_run(
     split: Literal["test", "validation"] = "test",
     device: Device = "auto",
     root: str | None = None,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run's model on a split of its own data: `split` and the keys of result.json's evaluation.
 
-    `root`: where the data is now, if it has moved. Raises UserError when the run is not finished, the data has no such
-    split, or the images are not those that the run was made with.
+    `root`: where the data is now, if it has moved. `reporter` hears of reading and looking. Raises UserError when the
+    run is not finished, the data has no such split, or the images are not those that the run was made with.
     """
     run = open_run(run_dir)
     if split not in ("test", "validation"):
         raise UserError(f"there is no split {split!r}; give test or validation")
     config = run.config if root is None else replace(run.config, root=root)
-    dataset = load_data(config)
+    reporter = reporter or Silent()
+    dataset = load_data(config, reporter.loading)
     now = dataset.fingerprint()
     if changed := [key for key in ("class_names", "splits") if now[key] != run.data[key]]:
         raise UserError(
@@ -168,9 +172,12 @@ def evaluate_run(
         )
     source = split_of(dataset, split)
     fabric = _place(run, device)
-    store = open_store(source, dataset, fabric.device, train=False, workers=config.workers)
+    workers = config.workers
+    store = open_store(source, dataset, fabric.device, train=False, workers=workers, progress=reporter.loading)
     size = 512 if dataset.small else config.batch_size or 1  # as the run itself: another batch size may round otherwise
-    evaluation, _ = evaluate_items(fabric, run.model, run.criterion, store, as_items(source.labels), run.counts, size)
+    evaluation, _ = evaluate_items(
+        fabric, run.model, run.criterion, store, as_items(source.labels), run.counts, size, reporter.looking
+    )
     return {"split": split, **evaluation.to_dict()}
 
 
@@ -193,6 +200,7 @@ def _predict(
     batch_size: int,
     device: Device,
     on_skipped: Callable[[Sequence[Skipped]], object],
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[Prediction]:
     fabric = _place(run, device)
     skipped: list[Skipped] = []
@@ -206,6 +214,8 @@ def _predict(
         readable = [file for i, file in enumerate(chunk) if i not in errors]
         if readable:
             yield from _judge(run, fabric, readable, pixels, top)
+        if progress is not None:
+            progress(start + len(chunk), len(files))
     if skipped:
         on_skipped(skipped)
 

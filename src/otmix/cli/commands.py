@@ -140,12 +140,13 @@ def evaluate(
         otmix evaluate runs/a --split validation --json
     """
     import_files(imports)
-    from otmix.display import print_table, stdout_console
+    from otmix.display import print_table, reporter_on_stderr, stdout_console
     from otmix.files import read_json
     from otmix.inference import evaluate_run
     from otmix.reports.tables import result_table
 
-    found = evaluate_run(run, split, accelerator, root)
+    with reporter_on_stderr() as reporter:
+        found = evaluate_run(run, split, accelerator, root, reporter)
     if json:
         sys.stdout.write(json_module.dumps(found, ensure_ascii=False) + "\n")
     else:
@@ -185,26 +186,37 @@ def predict(
         otmix predict runs/a photos/new --format jsonl --out predictions.jsonl
     """
     import_files(imports)
+    from otmix.display import reporter_on_stderr
     from otmix.files import write_atomic
     from otmix.inference import predict_paths, write_csv, write_jsonl
 
-    predictions = predict_paths(
-        run, paths, top=top, on_bad_image=on_bad_image, batch_size=batch_size, device=accelerator
-    )
+    written = 0
+    with reporter_on_stderr() as reporter:
+        # on a terminal the lines themselves show how far it is
+        progress = None if out is None and sys.stdout.isatty() else reporter.looking
+        predictions = predict_paths(
+            run,
+            paths,
+            top=top,
+            on_bad_image=on_bad_image,
+            batch_size=batch_size,
+            device=accelerator,
+            progress=progress,
+        )
 
-    def write(stream: TextIO) -> None:
-        if format == "csv":
-            write_csv(predictions, stream, top)
+        def write(stream: TextIO) -> None:
+            nonlocal written
+            written = write_csv(predictions, stream, top) if format == "csv" else write_jsonl(predictions, stream)
+
+        def write_bytes(stream: BinaryIO) -> None:
+            text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+            write(text)
+            text.detach()  # flushes, and leaves the file open for who opened it
+
+        if out is None:
+            write(sys.stdout)
         else:
-            write_jsonl(predictions, stream)
-
-    def write_bytes(stream: BinaryIO) -> None:
-        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        write(text)
-        text.detach()  # flushes, and leaves the file open for who opened it
-
-    if out is None:
-        write(sys.stdout)
-    else:
-        write_atomic(out, write_bytes)
+            write_atomic(out, write_bytes)
+            reporter.close()
+            reporter.message(f"{written:,} image{'' if written == 1 else 's'} classified in {out}")
     return 0

@@ -33,11 +33,11 @@ def data(config: Annotated[RunConfig, DATA]) -> int:
         otmix data --data cifar100 --imbalance 50
         otmix data --data folder --root photos --backbone timm/vit_tiny_patch16_384
     """
-    from otmix.display import shown_reading, stdout_console
+    from otmix.display import reporter_on_stderr, stdout_console
     from otmix.training.setup import load_data
 
-    with shown_reading() as progress:
-        dataset = load_data(config, progress)
+    with reporter_on_stderr() as reporter:
+        dataset = load_data(config, reporter.loading)
     show_dataset(dataset, stdout_console())
     return 0
 

@@ -49,12 +49,12 @@ def preview(
         otmix preview --run runs/a --out mixes.png
     """
     import_files(imports)
-    from otmix.display import shown_reading, stdout_console
+    from otmix.display import reporter_on_stderr, stdout_console
     from otmix.reports.figures import save
     from otmix.training.setup import load_data
 
-    with shown_reading() as progress:
-        dataset = load_data(config, progress)
+    with reporter_on_stderr() as reporter:
+        dataset = load_data(config, reporter.loading)
     model = from_run(config, run, dataset) if run else untrained_or_pretrained(config, dataset)
     save(draw(model), out)
     console = stdout_console()

@@ -54,7 +54,7 @@ def compare(
 
     Runs that are finished are reused, the others are trained or continued, baselines first. `jobs` of them run at once,
     each in its own process that loads `imports` (`jobs` = 1: here, one after the other). A run that fails leaves the
-    others alone. The runs and comparison.json are in `runs` (default: $OTMIX_RUNS or ./runs). Raises UserError for a
+    others alone. The runs and what is found are in `runs` (default: $OTMIX_RUNS or ./runs). Raises UserError for a
     mistake in what is asked, and `ComparisonInterrupted` after Ctrl-C.
     """
     reporter = reporter or Silent()
@@ -68,7 +68,7 @@ def compare(
     outcomes = {key: _reused(*key, config) for key, config in configs.items() if training.is_finished(_run_dir(config))}
     missing = {key: config for key, config in configs.items() if key not in outcomes}
     reporter.message(_plan_in_words(chosen, seeds, len(outcomes), len(missing)))
-    make_folder_of(folder / "comparison.json", "--runs")
+    make_folder_of(folder / "comparison", "--runs")
     try:
         _train_missing(missing, outcomes, jobs, imports, reporter)
     except (KeyboardInterrupt, training.Interrupted):

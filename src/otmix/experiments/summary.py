@@ -1,7 +1,10 @@
-"""What the runs of a comparison say together: rows for a table, differences, and notes; written to comparison.json."""
+"""What the runs of a comparison say together: rows for a table, differences, and notes; written to a
+comparison-….json of their own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +34,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Comparison:
     """Methods side by side: `rows` as `otmix.reports.tables.compare_table` takes them, in the order asked for, and in
-    `notes` what they allow to be said. A method without a finished run has no row. `path` is comparison.json, which
-    holds all of it."""
+    `notes` what they allow to be said. A method without a finished run has no row. `path` is the file that holds all
+    of it."""
 
     rows: tuple[dict[str, Any], ...]
     differences: tuple[PairedDifference, ...]
@@ -45,8 +48,14 @@ class Comparison:
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
+def comparison_path(folder: Path, run_dirs: Sequence[Path]) -> Path:
+    """`<folder>/comparison-<hash>.json`: the same for the same runs, so that one comparison leaves another's alone."""
+    names = "\n".join(run_dir.name for run_dir in run_dirs)
+    return folder / f"comparison-{hashlib.blake2b(names.encode(), digest_size=4).hexdigest()}.json"
+
+
 def summarise(base: RunConfig, chosen: Sequence[Method], outcomes: Sequence[Outcome], folder: Path) -> Comparison:
-    """Put together what is known of all runs, and write it to `folder/comparison.json`."""
+    """Put together what is known of all runs, and write it to `folder`."""
     rows, by_method = [], {}
     for method in chosen:
         done = [outcome for outcome in outcomes if outcome.method == method.name and outcome.status != "failed"]
@@ -60,7 +69,7 @@ def summarise(base: RunConfig, chosen: Sequence[Method], outcomes: Sequence[Outc
         tuple(differences),
         tuple(_notes(rows, differences, titles, outcomes)),
         tuple(outcomes),
-        folder / "comparison.json",
+        comparison_path(folder, [outcome.run_dir for outcome in outcomes]),
     )
     runs = [{**asdict(outcome), "run_dir": outcome.run_dir.name} for outcome in outcomes]
     for run in runs:

@@ -57,8 +57,8 @@ def build_run(
     if (len(dataset.train) % stage.background_batch or stage.background_batch) <= world:
         side = dataset.image_size
         _try_one_image(model, torch.zeros(plan.model.streams, dataset.channels, side, side, device=fabric.device))
-    source = build_confusion_source(plan, fabric, store)
-    confusion = before.confusion if before is not None else fixed_confusion(plan, fabric, store)
+    source = build_confusion_source(plan, fabric, store, reporter.looking)
+    confusion = before.confusion if before is not None else fixed_confusion(plan, fabric, store, reporter.looking)
     labels = dataset.train.labels
     foreground = (
         None if stage.foreground_probability is None else ForegroundStream(labels, stage.foreground_probability, world)
@@ -87,7 +87,7 @@ def build_run(
         confusion_source=source,
         tally=before.tally if before is not None else Tally(dataset.counts.num_classes, fabric.device),
         reporter=reporter,
-        watch=partial(watch, plan=plan, splits=watched_splits(fabric, plan, store)),
+        watch=partial(watch, plan=plan, splits=watched_splits(fabric, plan, store, reporter)),
         checkpoint_minutes=config.checkpoint_minutes,
         history=before.history if before is not None else [],
         best=before.best if before is not None else None,

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otmix.confusion import ConfusionCounter, perturb
-from otmix.data import ImageStore, open_store
+from otmix.data import ImageStore
 from otmix.randomness import generator
-from otmix.training.confusion_source import STREAM_DECAY, ConfusionSource, as_items, balanced_subset, confusion_origin
+from otmix.training.confusion_source import (
+    STREAM_DECAY,
+    ConfusionSource,
+    Looked,
+    as_items,
+    balanced_subset,
+    confusion_origin,
+)
 from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Confusion
 
@@ -17,12 +24,16 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def build_confusion_source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSource | None:
+def build_confusion_source(
+    plan: Plan, fabric: Fabric, train_store: ImageStore, progress: Looked | None = None
+) -> ConfusionSource | None:
     """Where F comes from after each epoch; None for methods that have no use for one, and for a fixed F."""
-    return None if plan.protocol.confusion_run is not None else _source(plan, fabric, train_store)
+    return None if plan.protocol.confusion_run is not None else _source(plan, fabric, train_store, progress)
 
 
-def fixed_confusion(plan: Plan, fabric: Fabric, train_store: ImageStore) -> Confusion | None:
+def fixed_confusion(
+    plan: Plan, fabric: Fabric, train_store: ImageStore, progress: Looked | None = None
+) -> Confusion | None:
     """F of the finished run that is named, if one is, on the data that the settings name; None for an adaptive F.
 
     Raises UserError where there is no such run.
@@ -31,14 +42,14 @@ def fixed_confusion(plan: Plan, fabric: Fabric, train_store: ImageStore) -> Conf
 
     if plan.protocol.confusion_run is None:
         return None
-    source = _source(plan, fabric, train_store)
+    source = _source(plan, fabric, train_store, progress)
     if source is None:
         return None
     run = open_run(Path(plan.protocol.confusion_run))
     return source.estimate_with(run.model.to(fabric.device), run.criterion.to(fabric.device))
 
 
-def _source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSource | None:
+def _source(plan: Plan, fabric: Fabric, train_store: ImageStore, progress: Looked | None) -> ConfusionSource | None:
     protocol, dataset, config = plan.protocol, plan.dataset, plan.config
     if not plan.method.uses_confusion or (plan.method.pairing == "transport" and protocol.omega == 1.0):
         return None
@@ -52,7 +63,7 @@ def _source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSou
         return perturb(found, shuffle, noise, generator(config.seed, "wrong-confusion"))
 
     size = looking_batch(plan, fabric)
-    source = partial(ConfusionSource, fabric, counter, batch_size=size, perturb=wrong)
+    source = partial(ConfusionSource, fabric, counter, batch_size=size, perturb=wrong, progress=progress)
     if streamed:
         return source()
     if origin.split == "train":
@@ -61,6 +72,4 @@ def _source(plan: Plan, fabric: Fabric, train_store: ImageStore) -> ConfusionSou
         if per_class is not None:
             items = balanced_subset(labels, dataset.counts, per_class, config.seed)
         return source(train_store, items)
-    images = split_of(dataset, origin.split)
-    store = open_store(images, dataset, fabric.device, train=False, workers=config.workers)
-    return source(store, as_items(images.labels))
+    return source(plan.store(origin.split, fabric), as_items(split_of(dataset, origin.split).labels))

@@ -18,10 +18,13 @@ from otmix.protocols import Protocol
 from otmix.randomness import generator
 from otmix.training.processes import summed
 from otmix.training.stage import StepState
-from otmix.types import ClassCounts, Confusion, ConfusionOrigin, Items
+from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Items
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+Looked = Callable[[int, int], None]
+"""Hears how many images of how many a model has looked at."""
 
 STREAM_DECAY = 0.9
 """What a streamed count keeps from one epoch to the next: about ten epochs of memory, so that classes met once in two
@@ -41,6 +44,7 @@ class ConfusionSource:
     items: Items | None = None
     batch_size: int = 512
     perturb: Callable[[Confusion], Confusion] = lambda confusion: confusion
+    progress: Looked | None = None
 
     @property
     def streamed(self) -> bool:
@@ -54,7 +58,7 @@ class ConfusionSource:
         """F of any model and the loss it was trained with; None where nothing has been counted."""
         if self.store is not None and self.items is not None:
             mine = self.items[self.fabric.global_rank :: self.fabric.world_size]
-            for batch in self.store.stream(in_batches(mine, self.batch_size)):
+            for batch in batches_of(self.store, mine, self.batch_size, self.progress):
                 seen = embed(
                     model,
                     batch.images,
@@ -72,9 +76,14 @@ class ConfusionSource:
         return context
 
 
-def in_batches(items: Items, size: int) -> Iterator[tuple[Items, int | None]]:
-    """Requests for a store: items in order, not augmented."""
-    return ((items[start : start + size], None) for start in range(0, len(items), size))
+def batches_of(store: ImageStore, items: Items, size: int, progress: Looked | None = None) -> Iterator[Batch]:
+    """`items` in order, not augmented; `progress` hears of each batch when the next one is asked for."""
+    done = 0
+    for batch in store.stream((items[start : start + size], None) for start in range(0, len(items), size)):
+        yield batch
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(items))
 
 
 def confusion_origin(protocol: Protocol, has_validation: bool) -> ConfusionOrigin:

@@ -12,7 +12,7 @@ from otmix.errors import UserError
 from otmix.evaluation import Evaluation, evaluate_predictions, predict_probabilities
 from otmix.losses import Criterion
 from otmix.models import Classifier
-from otmix.training.confusion_source import in_batches
+from otmix.training.confusion_source import Looked, batches_of
 from otmix.training.processes import gather_interleaved
 from otmix.types import ClassCounts, Items
 
@@ -21,13 +21,22 @@ if TYPE_CHECKING:
 
 
 def predict_items(
-    fabric: Fabric, model: Classifier, criterion: Criterion, store: ImageStore, items: Items, batch_size: int
+    fabric: Fabric,
+    model: Classifier,
+    criterion: Criterion,
+    store: ImageStore,
+    items: Items,
+    batch_size: int,
+    progress: Looked | None = None,
 ) -> Tensor:
-    """Class probabilities `[n,K]` of `items`, in their order, on the CPU of every process."""
+    """Class probabilities `[n,K]` of `items`, in their order, on the CPU of every process.
+
+    `progress` hears of each batch how many images this process has looked at, and how many it will.
+    """
     # as many for each process, the first ones again at the end: none may be left without any
     longest = -(-len(items) // fabric.world_size) * fabric.world_size
     mine = items[torch.arange(fabric.global_rank, longest, fabric.world_size) % len(items)]
-    batches = store.stream(in_batches(mine, batch_size))
+    batches = batches_of(store, mine, batch_size, progress)
     probabilities, _, _ = predict_probabilities(
         model, batches, probabilities=criterion.probabilities, autocast=fabric.autocast
     )
@@ -42,9 +51,10 @@ def evaluate_items(
     items: Items,
     counts: ClassCounts,
     batch_size: int,
+    progress: Looked | None = None,
 ) -> tuple[Evaluation, Tensor]:
     """The evaluation of `items`, and the probabilities it was made from."""
-    probabilities = predict_items(fabric, model, criterion, store, items, batch_size)
+    probabilities = predict_items(fabric, model, criterion, store, items, batch_size, progress)
     if not bool(probabilities.isfinite().all()):
         raise UserError("the model's probabilities are not finite numbers; try a lower --lr, or --precision 32-true")
     return evaluate_predictions(probabilities, items.labels.cpu(), counts), probabilities

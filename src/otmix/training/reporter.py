@@ -53,6 +53,10 @@ class Reporter(Protocol):
 
     def loading(self, done: int, total: int) -> None: ...
 
+    def looking(self, done: int, total: int) -> None:
+        """How many images the model has looked at outside training, to be judged or for F."""
+        ...
+
     def step(self, progress: Progress) -> None: ...
 
     def epoch(self, row: dict[str, Any]) -> None: ...
@@ -71,6 +75,9 @@ class Silent:
         pass
 
     def loading(self, done: int, total: int) -> None:
+        pass
+
+    def looking(self, done: int, total: int) -> None:
         pass
 
     def step(self, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from otmix.config import RunConfig, with_defaults
-from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset
+from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset, open_store
 from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import Criterion
@@ -42,6 +42,16 @@ class Plan:
     dataset: ImageDataset
     model: Classifier
     stages: tuple[Stage, ...]
+    _stores: dict[str, ImageStore] = field(default_factory=dict, init=False, repr=False)
+
+    def store(self, split: str, fabric: Fabric, progress: Callable[[int, int], None] | None = None) -> ImageStore:
+        """The images of a split as evaluation sees them, opened once. Raises UserError when the data has none."""
+        if split not in self._stores:
+            source, workers = split_of(self.dataset, split), self.config.workers
+            self._stores[split] = open_store(
+                source, self.dataset, fabric.device, train=False, workers=workers, progress=progress
+            )
+        return self._stores[split]
 
 
 def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> ImageDataset:

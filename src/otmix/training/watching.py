@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otmix.data import ImageStore, open_store
+from otmix.data import ImageStore
 from otmix.evaluation import Evaluation
 from otmix.files import write_atomic
 from otmix.randomness import generator
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
 from otmix.training.loop import RunState
+from otmix.training.reporter import Reporter
 from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Items
 
@@ -34,7 +35,7 @@ class Watched:
     items: Items
 
 
-def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore) -> list[Watched]:
+def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore, reporter: Reporter) -> list[Watched]:
     """What progress shows: validation images where there are any, else a fixed probe of training images; the test set
     only under `best-on-test`.
     """
@@ -42,9 +43,8 @@ def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore) -> list[
     splits: list[Watched] = []
 
     def whole(split: str) -> Watched:
-        source = split_of(dataset, split)
-        store = open_store(source, dataset, fabric.device, train=False, workers=plan.config.workers)
-        return Watched(f"{split}_error", store, as_items(source.labels))
+        labels = split_of(dataset, split).labels
+        return Watched(f"{split}_error", plan.store(split, fabric, reporter.loading), as_items(labels))
 
     if dataset.validation is not None:
         splits.append(whole("validation"))
@@ -75,8 +75,10 @@ def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[
 
 
 def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
-    size = looking_batch(plan, run.fabric)
-    return evaluate_items(run.fabric, run.state.model, run.state.criterion, store, items, plan.dataset.counts, size)
+    size, counts = looking_batch(plan, run.fabric), plan.dataset.counts
+    return evaluate_items(
+        run.fabric, run.state.model, run.state.criterion, store, items, counts, size, run.reporter.looking
+    )
 
 
 def save_weights(run: RunState, name: str) -> None:
