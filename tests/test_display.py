@@ -17,6 +17,7 @@ from rich.console import Console
 
 from otmix.display import Clock, LineReporter, LiveReporter, duration, make_reporter
 from otmix.training.reporter import Progress, RunInfo
+from otmix.wording import counted
 
 
 class Time:
@@ -209,6 +210,17 @@ def test_live_display_shows_the_state_and_tidies_up(stream: io.StringIO) -> None
     assert 0 <= hidden < shown  # the cursor is back
     reporter.step(progress(1, 26))  # a late call after the end draws nothing
     assert reporter.bars is None
+
+
+def test_one_of_a_thing_has_no_plural(stream: io.StringIO) -> None:
+    lines(stream).start(info(epochs=1))
+    assert "\n  1 epoch of 50 steps · " in stream.getvalue()
+    assert [counted(n, noun) for n, noun in ((1, "class"), (2, "class"), (1, "image"), (2000, "image"))] == [
+        "1 class",
+        "2 classes",
+        "1 image",
+        "2,000 images",
+    ]
 
 
 def test_resumed_run_says_so(stream: io.StringIO) -> None:

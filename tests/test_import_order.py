@@ -16,7 +16,7 @@ ROOT = Path(otmix.__file__).parent
 # writes the page and the pictures of a run; `reports` reads only plain values and the files of a run directory. And
 # `protocols` holds plain values, of which OTMixer takes its defaults.
 LAYERS = [
-    ["errors", "files", "extensions", "randomness", "types", "counting", "settings", "protocols"],
+    ["errors", "wording", "files", "extensions", "randomness", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
     ["methods", "config"],

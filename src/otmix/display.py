@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otmix.wording import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
@@ -113,17 +115,18 @@ class _Reporter:
     def start(self, info: RunInfo) -> None:
         self.epochs = info.epochs
         self.clock = Clock(self.now)
+        headline, length = f"{info.title} on {info.data} (protocol {info.protocol})", counted(info.epochs, "epoch")
         if self.brief:
-            self.say(f"{info.title} on {info.data} (protocol {info.protocol}), {info.epochs} epochs · {info.run_dir}")
+            self.say(f"{headline}, {length} · {info.run_dir}")
             return
-        self.say(f"{info.title} on {info.data} (protocol {info.protocol})", style="bold")
+        self.say(headline, style="bold")
         millions = info.parameters / 1e6
         self.say(
-            f"  {info.images:,} images in {info.classes} classes, imbalance {info.imbalance:.4g} · "
+            f"  {counted(info.images, 'image')} in {counted(info.classes, 'class')}, imbalance {info.imbalance:.4g} · "
             f"{info.backbone}, {millions:.2f} M parameters · {info.device}, {info.precision}"
         )
         resumed = "" if info.resumed_at_epoch is None else f", resumed in epoch {info.resumed_at_epoch + 1}"
-        self.say(f"  {info.epochs} epochs of {info.steps_per_epoch} steps{resumed} · {info.run_dir}")
+        self.say(f"  {length} of {counted(info.steps_per_epoch, 'step')}{resumed} · {info.run_dir}")
         for note in info.notes:
             self.say(f"  {note}", style="dim")
 

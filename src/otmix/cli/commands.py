@@ -16,6 +16,7 @@ from otmix.cli.arguments import GROUPS, Only
 from otmix.config import RunConfig
 from otmix.extensions import import_files
 from otmix.methods import check_settings
+from otmix.wording import counted
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 COMPARED = Only(tuple(name for names in GROUPS.values() for name in names if name not in ("method", "out", "resume")))
@@ -218,5 +219,5 @@ def predict(
         else:
             write_atomic(out, write_bytes)
             reporter.close()
-            reporter.message(f"{written:,} image{'' if written == 1 else 's'} classified in {out}")
+            reporter.message(f"{counted(written, 'image')} classified in {out}")
     return 0

@@ -21,6 +21,7 @@ from otmix.methods import Method, check_settings, parse_method
 from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
+from otmix.wording import counted
 
 
 class ComparisonInterrupted(training.Interrupted):
@@ -183,7 +184,7 @@ def _plan_in_words(chosen: Sequence[Method], seeds: int, finished: int, missing:
     state = (
         "all finished already, reused" if not missing else f"{finished} finished already, reused; {missing} to train"
     )
-    return f"{names}: {seeds} seed{'s' if seeds != 1 else ''} each, {finished + missing} runs ({state})"
+    return f"{names}: {counted(seeds, 'seed')} each, {counted(finished + missing, 'run')} ({state})"
 
 
 def _in_words(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ from otmix.errors import UserError
 from otmix.methods import parse_method
 from otmix.training.schedules import Schedule
 from otmix.types import SHOT_GROUPS
+from otmix.wording import counted
 
 Unit = dict[str, Any]
 
@@ -70,7 +71,7 @@ def heading(unit: Unit) -> str:
         f"{data['title']}, imbalance {data['imbalance']:.4g}",
         config["backbone"],
         f"{config['image_size']} px",
-        f"{config['epochs']} epochs",
+        counted(config["epochs"], "epoch"),
     ]
     return ", ".join(parts) + ("" if unit["split"] == "test" else f", measured on the {unit['split']} split")
 

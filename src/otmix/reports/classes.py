@@ -10,6 +10,7 @@ import numpy as np
 from otmix.reports.record import RunRecord
 from otmix.reports.statistics import difference, mean_known, percent, points
 from otmix.reports.tables import Table
+from otmix.wording import counted
 
 FEW_MEASURED = 20  # below, one image more or less moves the accuracy of a class by more than 5 points
 
@@ -54,10 +55,11 @@ def rare_story(record: RunRecord, baseline: RunRecord | None = None) -> list[str
     if parts is None:
         return ["All classes have the same number of training images: none is rare."]
     names, sizes = record.class_names, [record.counts[k] for k in parts.rare]
-    few = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+    few = counted(max(sizes), "training image")
+    few = few if min(sizes) == max(sizes) else f"{min(sizes):,} to {few}"
     rare, common = (percent(group_accuracy(record.accuracy, part), unit=" %") for part in (parts.rare, parts.common))
     story = [
-        f"The rarest classes, {_listed(parts, names)}, had {few} training image{'' if few == '1' else 's'} each.",
+        f"The rarest classes, {_listed(parts, names)}, had {few} each.",
         f"On average {rare} of the images of such a class are recognised; of one of the commonest classes, {common}.",
     ]
     if baseline is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from otmix.reports.statistics import MISSING, mean_std, percent, seed_values
+from otmix.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -70,7 +71,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     )
     split = result.get("split") or "?"
     title = f"{result.get('title') or result.get('method')}: {split} split" + (
-        f", {found['n']:,} images" if found.get("n") is not None else ""
+        f", {counted(found['n'], 'image')}" if found.get("n") is not None else ""
     )
     return Table(title, ("measure", "%"), rows, (SELECTED_ON_TEST,) if looks_at_test(result) else ())
 

@@ -12,6 +12,7 @@ from otmix.reports.classes import group_accuracy, thirds
 from otmix.reports.record import RunRecord
 from otmix.reports.statistics import difference, percent, points
 from otmix.reports.tables import looks_at_test
+from otmix.wording import counted
 
 LEAK = (
     "looked at the test set, so its result is selected on the test set: test images helped to estimate which classes "
@@ -40,15 +41,15 @@ def lead(record: RunRecord, seed: bool = True) -> str:
     """What was trained, on what, and with which seed."""
     config, counts, names = record.config, record.counts, record.class_names
     number = record.result.get("seed", config.get("seed")) if seed else None
-    text = "Trained" + (f" for {config['epochs']} epochs" if config.get("epochs") is not None else "")
+    text = "Trained" + (f" for {counted(config['epochs'], 'epoch')}" if config.get("epochs") is not None else "")
     how = [f"backbone {config['backbone']}"] if config.get("backbone") else []
     how += [f"seed {number}"] if number is not None else []
     text += f" ({', '.join(how)})" if how else ""
-    classes = f"{len(names)} class{'' if len(names) == 1 else 'es'}"
+    classes = counted(len(names), "class")
     if counts is None:
         return f"{text} on {classes}."
     largest, smallest = (pick(range(len(counts)), key=counts.__getitem__) for pick in (max, min))
-    text += f" on {sum(counts):,} images of {classes}."
+    text += f" on {counted(sum(counts), 'image')} of {classes}."
     if counts[largest] == counts[smallest]:
         return f"{text} Each class has {counts[largest]:,} training images."
     return (
@@ -81,7 +82,7 @@ def tiles(record: RunRecord, other: RunRecord | None = None) -> list[Tile]:
 def measured(record: RunRecord) -> str:
     """On which images the result was measured."""
     number = record.evaluation.get("n")
-    images = f" ({number:,} images)" if number is not None else ""
+    images = f" ({counted(number, 'image')})" if number is not None else ""
     if looks_at_test(record.result) and record.split == "test":
         return f"Measured on the test split{images} and selected on the test set."
     return f"Measured {_SPLITS.get(record.split, f'on the {record.split} split')}{images}."

@@ -28,6 +28,7 @@ from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
 from otmix.training.stage import Stage
+from otmix.wording import counted
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -245,6 +246,6 @@ def _info(plan: Plan, run: RunState, resumed_at: int | None) -> RunInfo:
 def _unmixed(stage: Stage) -> Iterator[str]:
     if stage.mixer is not None and not stage.mixer.schedule.reaches(stage.epochs):
         yield (
-            f"Nothing will be mixed: none of {stage.epochs} epochs begins within the window "
+            f"Nothing will be mixed: none of {counted(stage.epochs, 'epoch')} begins within the window "
             f"{stage.mixer.schedule.window} of the run; train for more epochs, or move it (mix_from, mix_until)."
         )
