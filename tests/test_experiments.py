@@ -251,6 +251,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     [
         (["erm"], {"seeds": 0}, "--seeds must be at least 1"),
         (["erm"], {"jobs": 0}, "--jobs must be at least 1"),
+        (["erm"], {"jobs": 100_000}, r"--jobs 100000 is too many for \d+ cores?; give at most \d+"),
         ([], {}, "at least one method"),
         (["ermm"], {}, "no method named 'ermm'"),
         (["erm"], {"base": replace(BASE, out="x")}, "--runs"),

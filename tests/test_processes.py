@@ -19,6 +19,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 
+from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.confusion import ConfusionCounter
 from otmix.data import open_store
@@ -26,7 +27,7 @@ from otmix.errors import UserError
 from otmix.losses import CrossEntropy
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream, ForegroundStream, inverse_frequency
-from otmix.training import open_run, train
+from otmix.training import launch, open_run, train
 from otmix.training.launch import started_outside
 from otmix.training.setup import load_data
 from otmix.types import Items
@@ -340,6 +341,19 @@ def test_started_as_a_user_starts_it(recorded: Callable[[str], Recorded], tmp_pa
     assert rows(tmp_path / "run") == rows(recorded("streamed").run_dir)
     weights = [run / "model.safetensors" for run in (tmp_path / "run", recorded("streamed").run_dir)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_more_processes_than_cores_are_refused_before_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "_start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(launch, "cores", lambda: 4)
+    argv = ["train", "--accelerator", "cpu", "--epochs", "1", "--batch-size", "60", "--out", str(tmp_path / "run")]
+    assert main([*argv, "--devices", "5"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("otmix: --devices 5 would start as many processes on 4 cores, ")
+    assert said.endswith("; give at most 4\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_all_processes_arrives_as_one_sentence(server: Server, tmp_path: Path) -> None:

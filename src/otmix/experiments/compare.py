@@ -18,10 +18,14 @@ from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.files import make_folder_of, read_json
 from otmix.methods import Method, check_settings, parse_method
+from otmix.training.launch import cores
 from otmix.training.records import read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
 from otmix.wording import counted
+
+JOBS_A_CORE = 4
+"""More would only take memory; on a CPU more than one does."""
 
 
 class ComparisonInterrupted(training.Interrupted):
@@ -82,6 +86,10 @@ def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> 
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, it is {value}")
+    if jobs > JOBS_A_CORE * cores():
+        raise UserError(
+            f"--jobs {jobs} is too many for {counted(cores(), 'core')}; give at most {JOBS_A_CORE * cores()}"
+        )
     if base.out is not None:
         raise UserError(
             "a comparison makes a folder for each run; name the one that they are all put into with --runs, not --out"

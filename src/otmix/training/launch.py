@@ -23,6 +23,7 @@ from otmix.training.loop import Interrupted
 from otmix.training.processes import StopRequest
 from otmix.training.reporter import Reporter
 from otmix.training.runs import run_dir_of
+from otmix.wording import counted
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -170,6 +171,11 @@ def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Pat
     KeyboardInterrupt. A second Ctrl-C does not wait for them. Raises UserError also when the system ended one.
     """
     fabric, run_dir = make_fabric(config), run_dir_of(config)  # raises here what would stop each of them
+    if fabric.device.type == "cpu" and config.devices > max(cores(), 2):
+        raise UserError(
+            f"--devices {config.devices} would start as many processes on {counted(cores(), 'core')}, which would only "
+            f"wait for each other; give at most {max(cores(), 2)}"
+        )
     strict = partial(
         torch.use_deterministic_algorithms,
         torch.are_deterministic_algorithms_enabled(),
