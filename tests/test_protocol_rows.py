@@ -368,3 +368,7 @@ def test_headline(digits: ImageDataset, tmp_path: Path) -> None:
         assert (row["test_error"] is not None) == looks
         assert (run.best is not None) == looks
         assert (tmp_path / headline / "best.safetensors").exists() == looks
+    run.epoch = 1  # as good as the first: the released code keeps the earlier one
+    assert run.watch(run, False)["test_error"] == row["test_error"]
+    assert run.best is not None
+    assert run.best["epoch"] == 0

@@ -25,7 +25,7 @@ from otmix.config import RunConfig
 from otmix.data import ResidentStore, open_store
 from otmix.errors import UserError
 from otmix.evaluation import evaluate_predictions
-from otmix.losses import LOSSES, CrossEntropy
+from otmix.losses import LOSSES, CrossEntropy, effective_number_weights
 from otmix.pairing import Curriculum, PairingContext
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
@@ -40,9 +40,9 @@ from otmix.training.processes import StopRequest
 from otmix.training.records import command
 from otmix.training.schedules import Schedule
 from otmix.training.setup import load_data, prepare
-from otmix.training.stage import StepItems
+from otmix.training.stage import LossParts, StepItems, StepState, mix_and_classify
 from otmix.transport import batched
-from otmix.types import Batch, ClassCounts, Items, Plan
+from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Items, Plan
 
 TINY = RunConfig(
     data="digits",
@@ -110,6 +110,48 @@ def test_the_seed_decides_and_nothing_else(method: str, tmp_path: Path) -> None:
     assert weights(once) == weights(again)
     assert weights(once) != weights(other)
     assert open_run(once).data == open_run(other).data
+
+
+@pytest.mark.parametrize("reduction", ["mean", "weighted-mean"])
+def test_what_each_step_gets_and_makes_of_it(reduction: Any, tmp_path: Path) -> None:
+    """Augmented images, the newest F, class weights once they are due; and its loss is what these give."""
+    changed = replace(TINY.set, mix_probability=1.0, curriculum_power=0.0, weighted_mean=reduction)
+    config = replace(TINY, method="ce-drw+otmix", set=changed)
+    run = built(config, tmp_path)
+    taken: list[tuple[int, StepItems, PairingContext, LossParts]] = []
+
+    def watched(state: StepState, items: StepItems, context: PairingContext) -> LossParts:
+        parts = mix_and_classify(state, items, context)
+        taken.append((run.epoch, items, context, parts))
+        return parts
+
+    run.stage = replace(run.stage, step=watched)
+    newest: list[Confusion | None] = [None]
+    for _ in range(3):
+        train_epoch(run)
+        finish_epoch(run)
+        newest.append(run.confusion)
+    assert [epoch for epoch, *_ in taken] == [0] * 5 + [1] * 5 + [2] * 5
+    due = effective_number_weights(load_data(config).counts, 0.9999)
+    for epoch, items, context, parts in taken:
+        assert context.confusion is newest[epoch]
+        weight = due if epoch == 2 else None  # from 160/240 of the run on
+        losses, target, expected = -torch.log_softmax(parts.output.logits.detach(), 1), parts.mixed.target, 0.0
+        n = len(losses)
+        for column in range(2):
+            labels, shares = target.labels[:, column].tolist(), target.shares[:, column].tolist()
+            w = [1.0 if weight is None else float(weight[label]) for label in labels]
+            each = [w[i] * shares[i] * float(losses[i, labels[i]]) for i in range(n)]
+            expected += sum(each) / (sum(w) if reduction == "weighted-mean" else n)
+        assert float(parts.loss) == pytest.approx(expected, rel=1e-5)
+        assert items.foreground is not None
+        for batch in (items.background, items.foreground):
+            plain = run.store.fetch(batch.items, None).images
+            assert int((batch.images != plain).flatten(1).any(1).sum()) > len(batch) / 2
+    first, second = newest[1], newest[2]
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(first.matrix, second.matrix)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -683,6 +725,7 @@ def steps(config: RunConfig) -> Iterator[tuple[list[Tensor], Callable[[], None]]
     assert isinstance(run.store, ResidentStore)
     assert run.foreground is not None
     state = replace(run.state, class_weight=torch.ones(10, device=run.fabric.device))
+    run.confusion = Confusion(torch.full((10, 10), 0.1, device=run.fabric.device), ConfusionOrigin())
     for step, items in enumerate(run.background.epoch(run.moment(0))):
         moment = run.moment(step)
         drawn = run.foreground.step(len(items), moment)
@@ -696,7 +739,7 @@ def steps(config: RunConfig) -> Iterator[tuple[list[Tensor], Callable[[], None]]
             run.optimizer.step()
             run.tally.add(parts, moment.step)
 
-        there = [*plan.model.state_dict().values(), run.store.images, state.class_weight]
+        there = [*plan.model.state_dict().values(), run.store.images, state.class_weight, run.confusion.matrix]
         there += [*(table.value for table in run.tally.pairs.values()), run.tally.sums, run.tally.bad_step]
         yield there, whole
 
