@@ -4,23 +4,26 @@ by being in it.
 
 import re
 import runpy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from otmix.cli import main
 from otmix.errors import UserError
 from otmix.losses import LOSSES, Criterion, register_loss
 from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, loss_part, parse_method
 from otmix.methods.parts import REBALANCING_DEFAULTS
-from otmix.mixing import PIXEL_RULES
+from otmix.mixing import PIXEL_RULES, Mixup
 from otmix.protocols import PROTOCOLS, Overrides
+from otmix.settings import settings_of
 from otmix.training import contract
 from otmix.training.loop import train_epoch
-from otmix.types import Output
+from otmix.types import Batch, Mixed, Output
 
 NAMES = [
     *known_losses(),
@@ -180,6 +183,21 @@ def test_the_examples_of_contributing_keep_the_contract(
         PIXEL_RULES.pop(name, None)
 
 
+def test_annotations_for_type_checkers_alone_do_no_harm(tmp_path: Path) -> None:
+    file = tmp_path / "annotated.py"
+    file.write_text(
+        """from __future__ import annotations
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from otmix.types import ClassCounts
+
+def part(counts: ClassCounts, also: ClassCounts = None, tau: float = 1, on: bool | None = None): ...
+"""
+    )
+    found = settings_of(runpy.run_path(str(file))["part"])
+    assert {name: setting.kind for name, setting in found.items()} == {"tau": float, "on": bool | None}
+
+
 def test_an_error_in_code_of_ones_own_is_told_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def broken():\n    return 1 / 0\n")
@@ -219,6 +237,29 @@ def test_a_part_of_ones_own_says_what_it_is(
         parse_method("prior shift (v2)")
     monkeypatch.setitem(LOSSES, "plain", Hidden)
     assert (loss_part("plain").title, loss_part("plain").paper) == ("plain", "registered from outside")
+
+
+@pytest.mark.parametrize(
+    ("does", "problem"),
+    [
+        (lambda _, background: background.images.mul_(0.5), "apply changes the batches that it is given"),
+        (lambda mixed, _: mixed.target.shares.copy_(torch.tensor([7.0, -6.0])), r"must lie in \[0, 1\] and sum to 1"),
+        (lambda mixed, _: mixed.target.labels.add_(1), "a label that neither of its images has"),
+        (lambda mixed, _: mixed.images.add_(torch.rand(())), "other images from the same drawn values"),
+    ],
+)
+def test_a_mixer_that_breaks_its_word_is_found_out(
+    does: Callable[[Mixed, Batch], object], problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Broken(Mixup):
+        def apply(self, background: Batch, foreground: Batch, drawn: Tensor) -> Mixed:
+            mixed = super().apply(background, foreground, drawn)
+            does(mixed, background)
+            return mixed
+
+    monkeypatch.setitem(PIXEL_RULES, "broken", Broken)
+    with pytest.raises(contract._Broken, match=problem):
+        contract._mixes(parse_method("ce+otmix-broken"), tmp_path)
 
 
 def test_the_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from otmix.errors import UserError
@@ -78,7 +79,7 @@ def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",))
     import docstring_parser  # jsonargparse brings it; only listings and settings that are given need it
 
     initialiser = part.__init__ if inspect.isclass(part) else part
-    hints = get_type_hints(initialiser)
+    hints = _hints(initialiser)
     parsed = docstring_parser.parse(inspect.getdoc(part) or "", docstring_parser.DocstringStyle.GOOGLE)
     said = {found.arg_name: _meaning_and_source(found.description or "") for found in parsed.params}
     found = (
@@ -87,6 +88,18 @@ def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",))
         if parameter.default is not parameter.empty and name not in hidden
     )
     return {setting.name: setting for setting in found if setting.is_plain}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations by parameter, without those whose names cannot be found, as of an import for type checkers alone."""
+    try:
+        return get_type_hints(function)
+    except NameError:
+        known, found = getattr(function, "__globals__", {}), dict[str, Any]()
+        for name, hint in inspect.get_annotations(function).items():
+            with suppress(NameError):
+                found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), known)
+        return found
 
 
 def _meaning_and_source(description: str) -> tuple[str, str]:

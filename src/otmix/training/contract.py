@@ -30,6 +30,7 @@ from otmix.training.launch import make_fabric
 from otmix.training.loop import Interrupted, RunState, checkpoint_path, finish_epoch, restore, save, train_epoch
 from otmix.training.reporter import Silent
 from otmix.training.setup import prepare
+from otmix.types import Batch, Items
 
 COUNTS = (9, 4, 3, 1)
 """Training images per class: one class has a single image, and with batches of 8 the last batch has one."""
@@ -201,6 +202,32 @@ def _round_trips(method: Method, folder: Path) -> None:
     _expect(losses[0] == losses[1], "settings given as their defaults give other losses")
 
 
+def _mixes(method: Method, folder: Path) -> None:
+    """mixes by what was drawn alone, leaves its inputs as they are, and shares out each label once"""
+    mixer = tiny_run(method, folder).stage.mixer
+    if mixer is None:
+        return
+    draw = torch.Generator().manual_seed(0)
+    pair = [Batch(Items(torch.arange(BATCH) % k), torch.rand(BATCH, 3, SIDE, SIDE, generator=draw)) for k in (3, 4)]
+    before = [(batch.items.labels.clone(), batch.images.clone()) for batch in pair]
+    drawn = mixer.mixer.draw(BATCH, SIDE, SIDE, draw)
+    first, second = (mixer.mixer.apply(pair[0], pair[1], drawn) for _ in range(2))
+    unchanged = [
+        torch.equal(batch.items.labels, labels) and torch.equal(batch.images, images)
+        for batch, (labels, images) in zip(pair, before)
+    ]
+    _expect(all(unchanged), "apply changes the batches that it is given; it must make new images")
+    _expect(torch.equal(first.images, second.images), "apply gives other images from the same drawn values")
+    _expect(first.images.shape == pair[0].images.shape, f"the mixes have the shape {tuple(first.images.shape)}")
+    _expect(bool(first.images.isfinite().all()), "the mixes hold numbers that are not finite")
+    shares, labels = first.target.shares, first.target.labels
+    whole = torch.allclose(shares.sum(1), torch.ones(BATCH), atol=1e-4) and bool(((shares >= 0) & (shares <= 1)).all())
+    _expect(whole, f"the shares of an image's labels must lie in [0, 1] and sum to 1; here they are {shares.tolist()}")
+    either = torch.stack([batch.items.labels for batch in pair], 1)
+    known = (labels[:, :, None] == either[:, None, :]).any(2).all()
+    _expect(bool(known), "a mix has a label that neither of its images has")
+
+
 def _predicts(method: Method, folder: Path) -> None:
     """gives probabilities that sum to 1 for each image"""
     run = tiny_run(method, folder)
@@ -225,6 +252,7 @@ CHECKS: tuple[Callable[[Method, Path], None], ...] = (
     _repeats,
     _resumes,
     _round_trips,
+    _mixes,
     _predicts,
     _works_in_bfloat16,
 )
