@@ -16,10 +16,10 @@ from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import Method, check_read, parse_method
-from otmix.models import Classifier, build_model, default_backbone, embed
+from otmix.models import Classifier, build_model, default_backbone, embed, list_backbones
 from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
-from otmix.training.confusion_source import ConfusionSource
+from otmix.training.confusion_source import ConfusionSource, confusion_origin
 from otmix.training.schedules import Schedule
 from otmix.training.stage import OptimizerSettings, Stage, StepItems
 from otmix.training.stages import architecture_of, build_criterion, build_stages
@@ -89,6 +89,11 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
     if config.nesterov and config.optimizer != "sgd":
         raise UserError(f"--nesterov changes nothing with --optimizer {config.optimizer}; leave it out, or choose sgd")
     protocol = config.protocol_settings
+    if config.protocol == "official" and config.backbone not in list_backbones():
+        raise UserError(
+            f"protocol 'official' is the released code's for CIFAR ResNets, not for {config.backbone}; choose "
+            "--backbone resnet32, or --protocol clean"
+        )
     _check_splits(config, method, protocol, dataset)
     settings = effective_settings(config)
     filled = Overrides.from_dict(settings)
@@ -136,6 +141,13 @@ def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset
         raise UserError(
             "--set.confusion_from validation needs validation images; add --validation-per-class N, or use streamed or "
             "balanced-train"
+        )
+    origin = confusion_origin(protocol, dataset.validation is not None)
+    sees = method.uses_confusion and not (method.pairing == "transport" and protocol.omega == 1.0)
+    if sees and config.final_split == origin.split == "validation":
+        raise UserError(
+            "F would come from the validation images that --final-split measures the result on; give "
+            "--set.confusion_from streamed or balanced-train"
         )
     if method.pairing == "confusion" and protocol.confusion_from == "streamed" and protocol.confusion_run is None:
         raise UserError(
