@@ -10,7 +10,7 @@ from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
-from otmix.training.schedules import Schedule
+from otmix.training.schedules import Schedule, ScheduleName
 
 
 def test_every_method_is_found_by_its_name() -> None:
@@ -140,7 +140,9 @@ def test_overrides_change_single_settings() -> None:
     assert changed == replace(PROTOCOLS["paper"], alpha=1.0, keep_diagonal=True)
 
 
-@pytest.mark.parametrize("bad", [{"epsilon": 0.0}, {"omega": 2.0}, {"alpha": -1.0}, {"confusion_per_class": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"epsilon": 0.0}, {"epsilon": 1e-50}, {"omega": 2.0}, {"alpha": -1.0}, {"confusion_per_class": 0}]
+)
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         resolve("clean", Overrides(**bad))  # type: ignore[arg-type]
@@ -150,17 +152,58 @@ def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     ("settings", "because"),
     [
         (Overrides(omega=0.0, metric="euclidean"), "metric changes nothing .* omega is 0"),
-        (Overrides(omega=0.0, features="official"), "features changes nothing .* omega is 0"),
         (Overrides(omega=1.0, keep_diagonal=True), "keep_diagonal changes nothing .* omega is 1"),
         (Overrides(omega=1.0, confusion_from="train"), "confusion_from changes nothing .* omega is 1"),
         (Overrides(omega=1.0, confusion_noise=0.5), "confusion_noise changes nothing .* omega is 1"),
         (Overrides(confusion_per_class=9), "confusion_per_class changes nothing .* F comes from streamed"),
         (Overrides(confusion_per_class=9, confusion_from="test"), "confusion_per_class .* F comes from test"),
+        (Overrides(foreground_law="effective-number", foreground_r=1.0), "foreground_r .* only inverse-frequency"),
+        (Overrides(curriculum_power=0.0, curriculum_per="epoch"), "curriculum_per .* curriculum_power is 0"),
+        (Overrides(curriculum_power=0.0, curriculum_one_based=False), "curriculum_one_based .* curriculum_power is 0"),
+        (Overrides(mix_probability=0.0, alpha=1.0), "alpha .* nothing is mixed"),
+        (Overrides(mix_fraction=0.0, box="clipped"), "box .* nothing is mixed"),
+        (Overrides(parts={"model.diversity": 0, "model.rho": 0.1}), r"model\.rho .* model\.diversity is 0"),
+        (Overrides(parts={"model.experts": "1", "model.diversity": 1.0}), r"model\.diversity .* model\.experts is 1"),
+        (Overrides(parts={"loss.start": 1, "loss.scale": 2.0}), r"loss\.scale .* loss\.start is 1"),
+        (Overrides(parts={"loss.strength": 0, "loss.regulariser": 1.0}), r"loss\.regulariser .* loss\.strength is 0"),
+        (Overrides(parts={"mixer.kappa": math.inf, "mixer.tau": 0.1}), r"mixer\.tau .* mixer\.kappa is inf"),
+        (Overrides(parts={"rebalancing.start": 1, "rebalancing.beta": 0.9}), r"rebalancing\.beta .*start is 1"),
+        (Overrides(parts={"rebalancing.start": 1}, weighted_mean="mean"), r"weighted_mean .*start is 1"),
     ],
 )
 def test_settings_that_others_make_idle_are_refused(settings: Overrides, because: str) -> None:
     with pytest.raises(UserError, match=because):
-        check_settings(settings, "clean", ["erm", "otmix"])
+        check_settings(settings, "clean", ["erm", "otmix", "ride", "ib", "lade", "remix", "ldam-drw"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("metric", "euclidian"),
+        ("features", "offical"),
+        ("select", "argmx"),
+        ("curriculum_per", "step"),
+        ("foreground_law", "uniform"),
+        ("headline", "best"),
+        ("confusion_from", "val"),
+        ("weighted_mean", "weighted_mean"),
+        ("confusion_soft", "maybe"),
+        ("alpha", "four"),
+        ("alpha", True),
+        ("confusion_per_class", 2.5),
+    ],
+)
+def test_misspelt_settings_are_refused_from_python_too(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"--set\.{name} must be .*, it is {value}"):
+        Overrides(**{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_have_one_type_however_they_are_written() -> None:
+    written = Overrides(alpha="2", keep_diagonal="no", confusion_per_class="3", epsilon=1)  # type: ignore[arg-type]
+    assert written == Overrides(alpha=2.0, keep_diagonal=False, confusion_per_class=3, epsilon=1.0)
+    assert RunConfig(set={"alpha": 2, "loss.tau": 1}) == RunConfig(  # type: ignore[arg-type]
+        set=Overrides(alpha=2.0, parts={"loss.tau": 1})
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,6 +211,10 @@ def test_settings_that_others_make_idle_are_refused(settings: Overrides, because
     [
         (Overrides(omega=0.0, keep_diagonal=True, confusion_noise=0.5), "otmix"),
         (Overrides(omega=1.0, metric="euclidean", features="official"), "otmix"),
+        (Overrides(omega=0.0, features="official"), "otmix"),
+        (Overrides(foreground_r=1.0), "otmix"),
+        (Overrides(parts={"model.diversity": 0, "model.experts": 4}), "ride"),
+        (Overrides(parts={"rebalancing.start": 0.5, "rebalancing.beta": 0.9}), "drw"),
         (Overrides(confusion_from="held-out", confusion_per_class=9), "otmix"),
         (Overrides(confusion_from="balanced-train", confusion_per_class=9), "otmix"),
         (Overrides(confusion_from="train", confusion_noise=0.5), "ce+confusion"),
@@ -187,6 +234,24 @@ def test_the_papers_steps() -> None:
     schedule = Schedule("steps")
     factors = [schedule.factor(epoch, 240) for epoch in range(240)]
     assert factors == [1.0] * 100 + [0.1] * 60 + [0.01] * 40 + [0.0001] * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "expected"),
+    [
+        ("imagenet-lt", 200, [1.0] * 40 + [0.1] * 40 + [0.01] * 80 + [0.0001] * 40),
+        ("inaturalist", 210, [1.0] * 30 + [0.1] * 50 + [0.01] * 50 + [0.001] * 50 + [0.0001] * 30),
+        ("bbn", 200, [1.0] * 119 + [0.01] * 40 + [0.0001] * 41),
+    ],
+)
+def test_the_steps_of_others(name: ScheduleName, epochs: int, expected: list[float]) -> None:
+    schedule = Schedule.named(name)
+    assert [schedule.factor(epoch, epochs) for epoch in range(epochs)] == expected
+    assert RunConfig(schedule=name).schedule == name
+
+
+def test_every_schedule_can_be_asked_for() -> None:
+    assert get_args(get_args(get_type_hints(RunConfig)["schedule"])[0]) == get_args(ScheduleName)
 
 
 def test_the_steps_of_ldams_code() -> None:

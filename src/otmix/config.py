@@ -53,8 +53,10 @@ class RunConfig:
         lr: initial learning rate.
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
         nesterov: Nesterov momentum for sgd.
-        schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, as in the paper), ldam (LDAM's code: x .01,
-            .0001 from 160, 180 of 200, after a warm-up of 5; deferred re-weighting from 160 of 200), or cosine.
+        schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, the paper's for CIFAR), imagenet-lt (the
+            same from 40, 80, 160 of 200) or inaturalist (x .1 at 30, 80, 130, 180 of 210), the paper's for those; ldam
+            (LDAM's code: x .01, .0001 from 160, 180 of 200, after a warm-up of 5; deferred re-weighting from 160 of
+            200), bbn (BBN's code: from 119, 159 of 200), or cosine.
         warmup: share of the run during which the learning rate rises linearly (default 0, ldam 5/200).
         evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
             are none).
@@ -92,7 +94,7 @@ class RunConfig:
     lr: float | None = None
     weight_decay: float | None = None
     nesterov: bool = False
-    schedule: Literal["steps", "ldam", "cosine"] | None = None
+    schedule: Literal["steps", "ldam", "bbn", "imagenet-lt", "inaturalist", "cosine"] | None = None
     warmup: float | None = None
     evaluate_every: int = 1
     final_split: Literal["test", "validation"] = "test"
@@ -108,6 +110,8 @@ class RunConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.set, Mapping):
+            object.__setattr__(self, "set", Overrides.from_dict(self.set))
         for name, choices in _choices().items():
             value = getattr(self, name)
             if value is not None and value not in choices:

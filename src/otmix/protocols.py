@@ -7,12 +7,14 @@ appear.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
 from otmix.errors import UserError
-from otmix.settings import Value
+from otmix.settings import Setting, Value
 
 ProtocolName = Literal["clean", "paper", "official"]
 ForegroundLaw = Literal["inverse-frequency", "effective-number"]
@@ -136,12 +138,12 @@ class Protocol:
     )
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise UserError(f"epsilon must be positive, it is {self.epsilon}; the paper has 0.01")
+        if not 1e-6 <= self.epsilon < math.inf:
+            raise UserError(f"epsilon must be a number of at least 1e-6, it is {self.epsilon}; the paper has 0.01")
         if not 0 <= self.omega <= 1:
             raise UserError(f"omega must lie in [0, 1], it is {self.omega}; the paper has 0.05")
-        if not self.alpha > 0:
-            raise UserError(f"alpha must be positive, it is {self.alpha}; the paper has 4")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"alpha must be a positive number, it is {self.alpha}; the paper has 4")
         if self.confusion_per_class < 1:
             raise UserError(f"confusion_per_class must be at least 1, it is {self.confusion_per_class}")
         for name in ("mix_probability", "mix_fraction", "confusion_shuffle", "confusion_noise"):
@@ -178,7 +180,7 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 
 PROTOCOL_TITLES: dict[ProtocolName, str] = {
     "clean": "clean: our defaults; the test split is used once, at the end",
-    "paper": "paper: Algorithm 1 and the paper's equations to the letter",
+    "paper": "paper: Algorithm 1 and the paper's equations",
     "official": "official: as the released code does; F and the reported epoch are chosen on the TEST set",
 }
 
@@ -217,6 +219,12 @@ class Overrides:
     headline: Literal["last", "best-on-test"] | None = None
     parts: Mapping[str, Value] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Each value in its setting's type. Raises UserError for one that the setting cannot have."""
+        for name, kind in _kinds().items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Setting(name, kind, None, "").convert(value, f"--set.{name}"))
+
     def to_dict(self) -> dict[str, Any]:
         """What is changed, by the names that stand after `--set.`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}
@@ -227,6 +235,11 @@ class Overrides:
         """The inverse of `to_dict`."""
         own = {name: value for name, value in values.items() if "." not in name}
         return cls(**own, parts={name: value for name, value in values.items() if "." in name})
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(Protocol)
 
 
 def resolve(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from otmix.errors import UserError
 from otmix.methods.method import Method
@@ -21,8 +22,11 @@ def check_settings(changed: Overrides, protocol: ProtocolName, names: Sequence[s
         for key, known in method.part_settings.items():
             if key in changed.parts:
                 known.convert(changed.parts[key], f"--set.{key}")
-        for setting, because in _without_effect(resolved, method.pairing == "transport"):
-            if setting in given and setting in method.setting_names:
+        idle = _without_effect(resolved, method.pairing == "transport") + _idle_parts(
+            method, method.effective(protocol, changed)
+        )
+        for setting, because in idle:
+            if setting in given and (setting in method.setting_names or setting in method.part_settings):
                 raise UserError(f"--set.{setting} changes nothing for {method.name}, because {because}; leave it out")
 
 
@@ -38,14 +42,44 @@ def check_read(given: Iterable[str], methods: Sequence[Method]) -> None:
             raise UserError(f"--set.{setting} changes nothing for {titles}; {hint}")
 
 
+_IDLE_PARTS: tuple[tuple[str, str, object, tuple[str, ...]], ...] = (
+    ("ride", "model.diversity", 0.0, ("model.rho", "model.temperature_start")),
+    ("ride", "model.experts", 1, ("model.diversity", "model.rho", "model.temperature_start")),
+    ("ib", "loss.start", 1.0, ("loss.scale", "loss.epsilon", "loss.weights", "loss.detach", "loss.focal_gamma")),
+    ("lade", "loss.strength", 0.0, ("loss.regulariser",)),
+    ("remix", "mixer.kappa", math.inf, ("mixer.tau",)),
+    ("drw", "rebalancing.start", 1.0, ("rebalancing.beta", "weighted_mean")),
+)
+"""Of a part, a setting with the value that leaves others without effect."""
+
+
+def _idle_parts(method: Method, values: Mapping[str, object]) -> list[tuple[str, str]]:
+    parts = {method.architecture, method.loss, method.pixels, method.rebalancing}
+    return [
+        (name, f"{key} is {values[key]}")
+        for part, key, value, names in _IDLE_PARTS
+        if part in parts and values.get(key) == value
+        for name in names
+    ]
+
+
 def _without_effect(protocol: Protocol, transport: bool) -> list[tuple[str, str]]:
     """Settings that others make idle, and why."""
     idle = []
     if transport and protocol.omega == 0.0:
-        idle += [(name, "omega is 0: features have no part in the cost") for name in ("metric", "features")]
+        # `features` stays: the passes of "official" move BatchNorm's statistics whatever the cost is
+        idle.append(("metric", "omega is 0: features have no part in the cost"))
     if transport and protocol.omega == 1.0:
         names = ("keep_diagonal", *(name for name in vars(protocol) if name.startswith("confusion_")))
         idle += [(name, "omega is 1: the confusion has no part in the cost") for name in names]
+    if protocol.foreground_law == "effective-number":
+        idle.append(("foreground_r", "foreground_law is effective-number: only inverse-frequency has an r"))
+    if protocol.curriculum_power == 0.0:
+        names = ("curriculum_per", "curriculum_one_based")
+        idle += [(name, "curriculum_power is 0: transport pairs every batch") for name in names]
+    if 0.0 in (protocol.mix_probability, protocol.mix_fraction):
+        names = ("alpha", "box", "box_per", "mix_from", "mix_until", "foreground_law", "foreground_r")
+        idle += [(name, "nothing is mixed: mix_probability or mix_fraction is 0") for name in names]
     if protocol.confusion_from not in ("balanced-train", "held-out"):
         idle.append(("confusion_per_class", f"F comes from {protocol.confusion_from}, not from a balanced subset"))
     return idle

@@ -229,8 +229,9 @@ ARCHITECTURE_PARTS: dict[Architecture, Part] = {
         (
             "BBN's weights shift by 1 - ((e-1)/E)^2; E is 100 in its code's run of 90 epochs and 200 in that of 180, "
             "where they stop near .2; here E is the number of epochs.",
-            "BBN's CIFAR runs have Nesterov momentum and learning rate steps of x .01 at epochs 120 and 160 of 200; "
-            "here --nesterov and --schedule decide.",
+            "BBN's CIFAR runs have Nesterov momentum and learning rate steps of x .01 at epochs 120 and 160 of 200, "
+            "and leave out an epoch's last, smaller batch; here --nesterov and --schedule bbn are asked for, and no "
+            "batch is left out.",
             "The class weights of BBN's code have beta .999999; those of -drw here .9999 (rebalancing.beta).",
         ),
     ),

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from otmix.errors import UserError
 
-ScheduleName = Literal["steps", "ldam", "cosine"]
+ScheduleName = Literal["steps", "ldam", "bbn", "imagenet-lt", "inaturalist", "cosine"]
+
+_STEPS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float]] = {
+    "steps": ((100 / 240, 160 / 240, 200 / 240), (0.1, 0.01, 0.0001), 160 / 240),
+    "imagenet-lt": ((40 / 200, 80 / 200, 160 / 200), (0.1, 0.01, 0.0001), 160 / 200),
+    "inaturalist": ((30 / 210, 80 / 210, 130 / 210, 180 / 210), (0.1, 0.01, 0.001, 0.0001), 180 / 210),
+    "ldam": ((160 / 200, 180 / 200), (0.01, 0.0001), 160 / 200),
+    "bbn": ((119 / 200, 159 / 200), (0.01, 0.0001), 160 / 200),
+}
+"""Milestones, factors and `deferred`. The first three are the paper's, section 5.1, for CIFAR, ImageNet-LT and
+iNaturalist; where no source speaks of deferred re-weighting, it begins with the last step, or as LDAM's.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,23 +33,22 @@ class Schedule:
     """
 
     kind: Literal["steps", "cosine"] = "steps"
-    milestones: tuple[float, ...] = (100 / 240, 160 / 240, 200 / 240)
-    factors: tuple[float, ...] = (0.1, 0.01, 0.0001)
+    milestones: tuple[float, ...] = _STEPS["steps"][0]
+    factors: tuple[float, ...] = _STEPS["steps"][1]
     warmup: float = 0.0
-    deferred: float = 160 / 240
+    deferred: float = _STEPS["steps"][2]
 
     @classmethod
     def named(
         cls, name: ScheduleName, warmup: float = 0.0, own_steps: tuple[tuple[float, float], ...] | None = None
     ) -> Schedule:
-        """The schedule of a configuration. `own_steps` of a loss replace the milestones and factors of steps, ldam."""
+        """The schedule of a configuration. `own_steps` of a loss replace milestones and factors, but for cosine."""
         if name == "cosine":
             return cls("cosine", warmup=warmup)
-        base = cls(warmup=warmup) if name == "steps" else cls("steps", (0.8, 0.9), (0.01, 0.0001), warmup, 160 / 200)
-        if own_steps is None:
-            return base
-        milestones, factors = zip(*own_steps)
-        return replace(base, milestones=milestones, factors=factors)
+        milestones, factors, deferred = _STEPS[name]
+        if own_steps is not None:
+            milestones, factors = (tuple(each) for each in zip(*own_steps))
+        return cls("steps", milestones, factors, warmup, deferred)
 
     def __post_init__(self) -> None:
         if len(self.milestones) != len(self.factors) or list(self.milestones) != sorted(self.milestones):
