@@ -139,6 +139,13 @@ def test_a_class_without_test_images_is_mentioned(tmp_path: Path) -> None:
     assert any("test/ has no image of the class 'b'" in note for note in load(tmp_path).notes)
 
 
+def test_folders_beside_train_that_are_not_read_are_named(tmp_path: Path) -> None:
+    put(
+        tmp_path, *(f"{folder}/{name}/{i}.png" for folder in ("train", "testing", "car") for name in "ab" for i in "12")
+    )
+    assert any("the folder 'car', 'testing' is passed over" in note for note in load(tmp_path).notes)
+
+
 def test_a_folder_is_never_thinned_unless_asked(tmp_path: Path) -> None:
     put(tmp_path, *numbered("train/a", 4), *numbered("train/b", 12), "test/a/0.png", "test/b/0.png")
     assert load(tmp_path).counts.counts.tolist() == [4, 12]

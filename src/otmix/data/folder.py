@@ -47,6 +47,12 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     test_folder = next((parts[name] for name in _TEST if name in parts), None)
     validation_folder = next((parts[name] for name in _VALIDATION if name in parts), None)
     notes = _stray(train_folder)
+    used = {train_folder, test_folder, validation_folder}
+    if beside_it := [folder.name for folder in visible_folders(root) if folder not in used]:
+        notes.append(
+            f"Beside train/, the folder {_listed(beside_it)} is passed over: held-out images are looked for in "
+            "test/ and val/."
+        )
     if test_folder is None and validation_folder is not None:
         test_folder, validation_folder = validation_folder, None
         notes.append(
