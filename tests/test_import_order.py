@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ import otmix
 ROOT = Path(otmix.__file__).parent
 
 # A module may import those before it, and what lies in its own package. Imports inside functions and under
-# TYPE_CHECKING count too. The order of DESIGN.md section 3, but for `reports`: it stands before `training`, which
-# writes the page and the pictures of a run; `reports` reads only plain values and the files of a run directory. And
-# `protocols` holds plain values, of which OTMixer takes its defaults.
+# TYPE_CHECKING count too. `reports` stands before `training`, which writes the page and the pictures of a run; it
+# reads only plain values and the files of a run directory. `protocols` holds plain values, of which OTMixer takes its
+# defaults.
 LAYERS = [
     ["errors", "wording", "files", "extensions", "randomness", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
@@ -59,6 +61,16 @@ def violations(module: str, source: str) -> list[str]:
         elif ORDER.index(target) > ORDER.index(module):
             wrong.append(f"{module} imports {name}, which stands above it")
     return wrong
+
+
+def test_contributing_has_the_same_order() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+    rows = [row.split("|")[1] for row in guide.splitlines() if row.startswith("| `")]
+    told = [[name.rstrip("/") for name in re.findall(r"`([a-z_]+/?)`", row)] for row in rows]
+    assert sorted(name for row in told for name in row) == sorted(set(ORDER) - {"__main__"})
+    layer = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+    layers = [[layer[name] for name in row] for row in told]
+    assert all(max(above) <= min(below) for above, below in pairwise(layers))
 
 
 def module_of(file: Path) -> str:

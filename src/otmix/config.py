@@ -61,7 +61,7 @@ class RunConfig:
         evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
             are none).
         final_split: the images that the result is measured on, once, at the end.
-        seed: of every random choice.
+        seed: of every random choice of a run; which images are its data does not depend on it.
         accelerator: auto, cpu, cuda or mps.
         devices: processes on this machine, one device each.
         num_nodes: machines.

@@ -33,7 +33,8 @@ GLANCE = 64  # pixels of the shorter side that are enough to know whether a file
 def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> Tensor:
     """The first frame of an image file, uint8 `[channels,H,W]` with 3 (RGB) or 1 (grey, ITU-R 601) channels.
 
-    It is turned upright as its EXIF says; transparent pixels are laid on white; 16-bit values v become round(v / 257).
+    It is turned upright as its EXIF says; transparent pixels are laid on white; grey of 16 bits, v, becomes
+    round(v / 257), colour its upper byte.
     With `at_least`, it comes reduced by a whole number, its shorter side still that long: a JPEG by 2, 4 or 8 while it
     is decoded, which is several times faster on photographs, and what is left to do by averages over squares. Raises
     UserError that names the file when it cannot be read.
