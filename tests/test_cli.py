@@ -45,7 +45,7 @@ def changed_value(argument: Argument) -> Any:
         return next(choice for choice in argument.choices if choice != argument.default)
     if argument.bare is bool:
         return argument.default is not True
-    return {int: 7, float: 0.5 if argument.key != "imbalance" else 2.5, str: "somewhere"}[argument.bare]
+    return {int: 30, float: 0.5 if argument.key != "imbalance" else 2.5, str: "somewhere"}[argument.bare]
 
 
 def get(config: RunConfig, key: str) -> Any:
@@ -106,6 +106,7 @@ CONFIGS = st.fixed_dictionaries(
         )
     }
     | {"imbalance": st.none() | st.floats(1, 1e4), "warmup": st.floats(0, 0.99), "test_fraction": st.floats(0.01, 0.99)}
+    | {"many_above": st.integers(100, 200), "few_below": st.integers(4, 100)}
 )
 
 
@@ -218,7 +219,7 @@ BAD = {
     "too small": (["train", "--epochs", "0"], "--epochs must be at least 1"),
     "out of range": (["train", "--warmup", "2"], "--warmup is the share"),
     "negative": (["train", "--weight-decay", "-1"], "--weight-decay must be a finite number of at least 0, it is -1.0"),
-    "setting out of range": (["train", "--set.epsilon", "0"], "epsilon must be positive"),
+    "setting out of range": (["train", "--set.epsilon", "0"], "epsilon must be a number of at least"),
     "stray word": (["train", "photos"], "does not know what to do with photos"),
     "positional missing": (["evaluate"], "`otmix evaluate` needs RUN"),
     "second positional missing": (["predict", "run"], "`otmix predict` needs PATH"),

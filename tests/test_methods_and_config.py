@@ -2,14 +2,19 @@
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
+from otmix.inference import evaluate_run
 from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
+from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
 
 
@@ -223,6 +228,25 @@ def test_settings_have_one_type_however_they_are_written() -> None:
 )
 def test_settings_that_have_an_effect_are_taken(settings: Overrides, method: str) -> None:
     check_settings(settings, "clean", [method])
+
+
+def test_shot_groups_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet-LT's scripts count a class of 20 images as few-shot. At its default it changes no run's name."""
+    assert "few_below" not in RunConfig().identity
+    assert RunConfig(few_below=21).hash != RunConfig().hash
+    with pytest.raises(UserError, match="--few-below 102 and --many-above 100 overlap"):
+        RunConfig(few_below=102)
+    monkeypatch.setattr("otmix.training.outcome.draw_pictures", lambda run, plan: None)
+    config = RunConfig(method="erm", max_per_class=40, epochs=1, accelerator="cpu", out=str(tmp_path / "run"))
+    run = open_run(train(replace(config, many_above=39, few_below=3)))
+    counts, found = run.counts.counts, run.result["evaluation"]
+    assert (int(counts.max()), int(counts.min())) == (40, 2)
+    said = np.load(run.run_dir / "predictions.npz")
+    wrong = torch.from_numpy(said["probabilities"].argmax(1) != said["labels"])
+    for name, members in (("many", counts > 39), ("few", counts < 3)):
+        of_group = members[torch.from_numpy(said["labels"])]
+        assert found["group_error"][name] == pytest.approx(float(wrong[of_group].double().mean()), abs=0.01)
+    assert evaluate_run(run.run_dir)["group_error"] == found["group_error"]
 
 
 def test_unknown_protocol() -> None:

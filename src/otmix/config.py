@@ -18,6 +18,9 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 # what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
 # may `root`, but two folders of images make two runs, which their names must tell apart
+ADDED = {"many_above": 100, "few_below": 20}
+"""Settings that older runs do not know, with the values these had: they keep their names."""
+
 NOT_IDENTITY = ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download")
 
 
@@ -61,6 +64,8 @@ class RunConfig:
         evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
             are none).
         final_split: the images that the result is measured on, once, at the end.
+        many_above: a class with more training images than this is many-shot.
+        few_below: a class with fewer is few-shot (the official ImageNet-LT and iNaturalist scripts: 21).
         seed: of every random choice of a run; which images are its data does not depend on it.
         accelerator: auto, cpu, cuda or mps.
         devices: processes on this machine, one device each.
@@ -98,6 +103,8 @@ class RunConfig:
     warmup: float | None = None
     evaluate_every: int = 1
     final_split: Literal["test", "validation"] = "test"
+    many_above: int = 100
+    few_below: int = 20
     seed: int = 0
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
@@ -126,11 +133,18 @@ class RunConfig:
             "max_per_class": 1,
             "validation_per_class": 0,
             "image_size": 4,
+            "many_above": 0,
+            "few_below": 0,
         }
         for name, low in at_least.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
+        if self.few_below > self.many_above + 1:
+            raise UserError(
+                f"--few-below {self.few_below} and --many-above {self.many_above} overlap: a class would be both many- "
+                "and few-shot"
+            )
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr must be a positive number, it is {self.lr}")
         if self.weight_decay is not None and not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
@@ -176,7 +190,11 @@ class RunConfig:
         """The part of `to_dict` that decides the result, the method by its canonical name."""
         from otmix.methods import parse_method
 
-        values = {key: value for key, value in self.to_dict().items() if key not in NOT_IDENTITY}
+        values = {
+            key: value
+            for key, value in self.to_dict().items()
+            if key not in NOT_IDENTITY and not (key in ADDED and value == ADDED[key])
+        }
         return values | {"method": parse_method(self.method).name}
 
     @property

@@ -176,7 +176,16 @@ def evaluate_run(
     store = open_store(source, dataset, fabric.device, train=False, workers=workers, progress=reporter.loading)
     size = 512 if dataset.small else config.batch_size or 1  # as the run itself: another batch size may round otherwise
     evaluation, _ = evaluate_items(
-        fabric, run.model, run.criterion, store, as_items(source.labels), run.counts, size, reporter.looking
+        fabric,
+        run.model,
+        run.criterion,
+        store,
+        as_items(source.labels),
+        run.counts,
+        size,
+        reporter.looking,
+        many=config.many_above,
+        few=config.few_below,
     )
     return {"split": split, **evaluation.to_dict()}
 

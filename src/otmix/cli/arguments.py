@@ -40,6 +40,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "warmup",
         "evaluate_every",
         "final_split",
+        "many_above",
+        "few_below",
         "seed",
     ),
     "machine": ("accelerator", "devices", "num_nodes", "precision", "compile", "workers"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from otmix.data import ImageDataset
     from otmix.methods import Method
 
-DATA = Only((*GROUPS["data"], "backbone"))
+DATA = Only((*GROUPS["data"], "backbone", "many_above", "few_below"))
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _MOST_CLASSES = 200
@@ -38,18 +38,18 @@ def data(config: Annotated[RunConfig, DATA]) -> int:
 
     with reporter_on_stderr() as reporter:
         dataset = load_data(config, reporter.loading)
-    show_dataset(dataset, stdout_console())
+    show_dataset(dataset, stdout_console(), config.many_above, config.few_below)
     return 0
 
 
-def show_dataset(dataset: ImageDataset, console: Console) -> None:
+def show_dataset(dataset: ImageDataset, console: Console, many: int = 100, few: int = 20) -> None:
     """Classes from the largest to the smallest, with bars of proportional length."""
     import torch
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    counts, groups = dataset.counts, dataset.counts.shot_groups()
+    counts, groups = dataset.counts, dataset.counts.shot_groups(many, few)
     group_of = {int(k): name for name, members in groups.items() if members is not None for k in members}
     splits = {name: source for name in ("train", "validation", "test") if (source := dataset.split(name)) is not None}
     sizes = {
@@ -79,7 +79,7 @@ def show_dataset(dataset: ImageDataset, console: Console) -> None:
     say(f"{dataset.name}: {counts.num_classes:,} classes; images: {images}")
     smallest = int(counts.counts.min())
     say(f"imbalance: {counts.imbalance:.4g} ({largest:,} in the largest class, {smallest:,} in the smallest)")
-    meanings = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
+    meanings = {"many": f"more than {many}", "medium": f"{few} to {many}", "few": f"fewer than {few}"}
     shots = (
         f"{name} ({meanings[name]}) {'–' if members is None else len(members)}" for name, members in groups.items()
     )

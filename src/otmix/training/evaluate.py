@@ -52,9 +52,15 @@ def evaluate_items(
     counts: ClassCounts,
     batch_size: int,
     progress: Looked | None = None,
+    *,
+    many: int = 100,
+    few: int = 20,
 ) -> tuple[Evaluation, Tensor]:
-    """The evaluation of `items`, and the probabilities it was made from."""
+    """The evaluation of `items`, and the probabilities it was made from.
+
+    `many` and `few` bound the shot groups, as in `ClassCounts.shot_groups`.
+    """
     probabilities = predict_items(fabric, model, criterion, store, items, batch_size, progress)
     if not bool(probabilities.isfinite().all()):
         raise UserError("the model's probabilities are not finite numbers; try a lower --lr, or --precision 32-true")
-    return evaluate_predictions(probabilities, items.labels.cpu(), counts), probabilities
+    return evaluate_predictions(probabilities, items.labels.cpu(), counts, many=many, few=few), probabilities

@@ -75,9 +75,17 @@ def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[
 
 
 def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
-    size, counts = looking_batch(plan, run.fabric), plan.dataset.counts
     return evaluate_items(
-        run.fabric, run.state.model, run.state.criterion, store, items, counts, size, run.reporter.looking
+        run.fabric,
+        run.state.model,
+        run.state.criterion,
+        store,
+        items,
+        plan.dataset.counts,
+        looking_batch(plan, run.fabric),
+        run.reporter.looking,
+        many=plan.config.many_above,
+        few=plan.config.few_below,
     )
 
 
