@@ -79,8 +79,8 @@ class Protocol:
     )
     features: Literal["pooled", "official"] = _setting(
         "pooled",
-        "features of the cost: pooled g1(x) in eval mode without gradient; or the released code's flattened last map "
-        "in train mode with gradient",
+        "features of the cost: pooled g1(x) in eval mode; or the released code's flattened last map in train mode (its "
+        "gradient, which reaches nothing, is not kept)",
         "paper, section 4 (silent on mode and gradient). The released code's passes move BatchNorm's running "
         "statistics",
     )
