@@ -14,7 +14,7 @@ from otmix.errors import UserError
 from otmix.mixer import MixSchedule
 from otmix.mixing import CutMix
 from otmix.own_loop import OTMixer
-from otmix.pairing import Curriculum, IndexPairing, PairingContext, TransportPairing
+from otmix.pairing import ConfusionPairing, Curriculum, IndexPairing, PairingContext, TransportPairing
 from otmix.randomness import Moment
 from otmix.types import Embed, Items, Pairs
 
@@ -333,3 +333,197 @@ def test_a_training_that_would_mix_nothing_is_refused(epochs: int, refused: bool
     schedule = MixSchedule(window=(0.6, 0.75))
     with pytest.raises(UserError, match="OTMixer would mix nothing") if refused else nullcontext():
         OTMixer(Net(), dataset().tensors[1], epochs, schedule=schedule)
+
+
+# ---- the batch sizes of the two loaders
+
+
+def backgrounds(batch_size: int, drop_last: bool = False) -> DataLoader[tuple[torch.Tensor, ...]]:
+    return DataLoader(dataset(), batch_size, shuffle=True, drop_last=drop_last)
+
+
+@pytest.mark.parametrize(("own", "foreign"), [(16, 32), (16, 128), (31, 32), (1, 16), (30, 60)])
+def test_larger_foreground_batches_are_refused_as_their_loader_would_end_first(own: int, foreign: int) -> None:
+    """128: all foregrounds of an epoch are one batch, and images would be lost in its only step."""
+    mixer = make(Net(), pairing=IndexPairing())
+    with pytest.raises(UserError, match=rf"{foreign} images, the background {own}, .* with your loader's batch size"):
+        mixer(next(iter(backgrounds(own))), next(iter(mixer.foreground_loader(dataset(), foreign))))
+    assert mixer.step == 0
+
+
+def test_larger_foreground_batches_are_refused_in_the_middle_of_an_epoch_too() -> None:
+    """After one, which may be the last; a state from within an epoch does not know what was before."""
+    mixer = make(Net(), pairing=IndexPairing())
+    mixer.load_state_dict(mixer.state_dict() | {"step": 1})
+    pairs = zip(backgrounds(16), mixer.foreground_loader(dataset(), 32))
+    mixer(*next(pairs))
+    with pytest.raises(UserError, match="not only the epoch's last"):
+        mixer(*next(pairs))
+
+
+@pytest.mark.parametrize("size", [7, 16, 20, 32, 59, 60, 128])
+@pytest.mark.parametrize("drops", [(False, False), (True, False), (False, True)])
+def test_a_short_last_batch_is_cut_in_every_epoch(size: int, drops: tuple[bool, bool]) -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    foregrounds = mixer.foreground_loader(dataset(), size, drop_last=drops[1])
+    for _ in range(3):
+        seen = sum(len(mixer(*pair).images) for pair in zip(backgrounds(size, drops[0]), foregrounds))
+        assert seen == (60 // size * size if drops[0] else 60)
+        mixer.end_epoch()
+
+
+def test_a_short_last_batch_of_fewer_backgrounds_and_of_a_part_for_each_process() -> None:
+    """The backgrounds may be a sample of the images, so theirs ends before the last of the foregrounds."""
+    images, labels = dataset().tensors
+    alone, second = make(Net(), pairing=IndexPairing()), make(Net(), rank=1, world=2, pairing=IndexPairing())
+    for mixer, of, size in (
+        (alone, slice(0, 24), 16),
+        (second, slice(1, None, 2), 16),
+        (second, slice(1, None, 2), 32),
+    ):
+        loader = DataLoader(TensorDataset(images[of], labels[of]), size)
+        for _ in range(2):
+            lengths = [len(mixer(*pair).images) for pair in zip(loader, mixer.foreground_loader(dataset(), size))]
+            assert sum(lengths) == len(labels[of])
+            mixer.end_epoch()
+
+
+def test_resuming_before_the_short_last_batch() -> None:
+    mixer, other = (make(Net(), pairing=IndexPairing()) for _ in range(2))
+    pairs = list(zip(backgrounds(16), mixer.foreground_loader(dataset(), 16)))
+    for pair in pairs[:2]:
+        mixer(*pair)
+    other.foreground_loader(dataset(), 16)
+    other.load_state_dict(mixer.state_dict())
+    for pair in pairs[2:]:
+        assert torch.equal(other(*pair).images, mixer(*pair).images)
+
+
+def test_a_transform_with_larger_foreground_batches_is_refused_and_a_short_last_batch_is_not() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    transform = mixer.as_transform(mixer.foreground_loader(dataset(), 16))
+    for _ in range(3):
+        assert sum(len(transform(*batch)[0]) for batch in backgrounds(16)) == 60
+        mixer.end_epoch()
+    transform = mixer.as_transform(mixer.foreground_loader(dataset(), 32))
+    with pytest.raises(UserError, match="32 images, the background 16"):
+        transform(*next(iter(backgrounds(16))))
+
+
+def test_foregrounds_from_elsewhere_may_be_more_in_every_step() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    mixer.foreground_loader(dataset(), 16)
+    images, labels = dataset().tensors
+    for background in backgrounds(16):
+        mixer(background, (images[:40], labels[:40]))
+
+
+def test_forgetting_end_epoch_shows_in_the_second_short_batch() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    foregrounds = mixer.foreground_loader(dataset(), 16)
+    *pairs, last = [pair for _ in range(2) for pair in zip(backgrounds(16), foregrounds)]
+    for pair in pairs:
+        mixer(*pair)
+    with pytest.raises(UserError, match=r"call end_epoch\(\) after each pass"):
+        mixer(*last)
+
+
+# ---- what is given
+
+
+@pytest.mark.parametrize("pairing", [ConfusionPairing(), Curriculum(IndexPairing(), ConfusionPairing())])
+def test_confusion_pairing_wants_validation_data(pairing: ConfusionPairing | Curriculum) -> None:
+    mixer = make(Net(), pairing=pairing)
+    mixer(*first_and_last())
+    with pytest.raises(UserError, match=r"call end_epoch\(validation\)"):
+        mixer.end_epoch()
+    mixer.end_epoch([dataset().tensors])
+    assert mixer.confusion is not None
+    mixer.end_epoch()  # the matrix of an epoch before will do
+    assert mixer.epoch == 2
+
+
+def test_what_transport_embeds_serves_confusion_pairing_too() -> None:
+    mixer = make(Net(), pairing=Curriculum(ConfusionPairing(), TransportPairing()))
+    mixer.end_epoch()
+    assert mixer.epoch == 1
+
+
+def test_validation_data_without_a_batch_are_refused() -> None:
+    mixer = make(Net(), pairing=TransportPairing())
+    mixer(*first_and_last())
+    counted = mixer.counter.table.value.clone()
+    with pytest.raises(UserError, match="without a batch"):
+        mixer.end_epoch([])
+    assert mixer.epoch == 0
+    assert torch.equal(mixer.counter.table.value, counted)
+
+
+def test_batches_after_the_last_epoch_stay_plain() -> None:
+    mixer = make(Net(), pairing=TransportPairing())
+    background, foreground = first_and_last()
+    for epoch in range(6):
+        mixed = mixer(background, foreground)
+        assert bool(mixed.mixed.any()) == (epoch < 4)
+        assert torch.equal(mixed.images, background[0]) == (epoch >= 4)
+        mixer.end_epoch()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 2.5}, "a whole number, at least 1, not 2.5"),
+        ({"epochs": float("nan")}, "a whole number, at least 1, not nan"),
+        ({"labels": [0.0, 1.9, 1.2]}, "class numbers, not torch.float32"),
+        ({"rank": 2, "world": 2}, "rank 2 does not exist among 2 processes"),
+        ({"rank": -1}, "rank -1 does not exist"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OTMixer(Net(), **{"labels": [0, 1], "epochs": 4} | options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_saved_state_is_refused() -> None:
+    with pytest.raises(UserError, match="it lacks confusion, counts, epoch, step"):
+        make(Net()).load_state_dict({})
+
+
+@pytest.mark.parametrize("form", ["uint8", "int32", "list", "numpy", "with index"])
+def test_labels_of_other_kinds_and_longer_batches_are_the_same(form: str) -> None:
+    def other(images: torch.Tensor, labels: torch.Tensor) -> tuple[object, ...]:
+        if form == "with index":
+            return images, labels, torch.arange(len(labels)), {"name": "x"}
+        kinds = {"list": labels.tolist(), "numpy": labels.numpy()}
+        return images, kinds[form] if form in kinds else labels.to(getattr(torch, form))
+
+    one, two = (make(Net(), pairing=IndexPairing()) for _ in range(2))
+    background, foreground = first_and_last()
+    want, found = one(background, foreground), two(other(*background), other(*foreground))  # type: ignore[arg-type]
+    assert torch.equal(found.images, want.images)
+    assert torch.equal(found.target.labels, want.target.labels)
+    assert found.target.labels.dtype == torch.int64
+    two.end_epoch([other(*background)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((16,), 1.5), r"integers, not torch.float32 \(16,\)"),
+        (torch.ones(16, 3, dtype=torch.int64), r"a vector \[B\]"),
+        (["cat"] * 16, "class numbers, not a list"),
+    ],
+)
+def test_labels_that_are_none_are_refused(labels: object, message: str) -> None:
+    background, foreground = first_and_last()
+    for pair in (((background[0], labels), foreground), (background, (foreground[0], labels))):
+        with pytest.raises(UserError, match=message):
+            make(Net())(*pair)  # type: ignore[arg-type]
+
+
+def test_a_batch_that_is_no_pair_is_refused() -> None:
+    background, foreground = first_and_last()
+    with pytest.raises(UserError, match=r"not a dict; of a dict take \(batch\['image'\], batch\['label'\]\)"):
+        make(Net())({"image": background[0], "label": background[1]}, foreground)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not a Tensor"):
+        make(Net())(background, foreground[0])  # type: ignore[arg-type]

@@ -375,3 +375,8 @@ def test_resampled_batches_are_shared_out_over_processes(world: int) -> None:
     for step, batch in enumerate(whole[:-1]):
         together = torch.stack([index_of(part[step]) for part in parts], dim=1).flatten()
         assert torch.equal(together, index_of(batch))
+
+
+def test_labels_that_are_no_integers_are_refused() -> None:
+    with pytest.raises(UserError, match="class numbers, integers, not"):
+        ForegroundSampler([0.0, 1.7])  # type: ignore[list-item]

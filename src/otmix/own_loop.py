@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,18 @@ from otmix.errors import UserError
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
-from otmix.pairing import Curriculum, IndexPairing, Pairing, PairingContext, TransportPairing
+from otmix.pairing import (
+    ConfusionPairing,
+    Curriculum,
+    IndexPairing,
+    Pairing,
+    PairingContext,
+    TransportPairing,
+    WithinBatchPairing,
+)
 from otmix.protocols import PROTOCOLS
 from otmix.randomness import Moment
-from otmix.sampling import ForegroundStream, inverse_frequency
+from otmix.sampling import ForegroundStream, check_place, inverse_frequency
 from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
 
 STREAM_DECAY = 0.9
@@ -46,10 +54,13 @@ class OTMixer:
             at in eval mode, without gradient, and left as it was.
         labels: `[N]`, the labels of the training set, in the order of its indices.
         epochs: how many there will be; transport replaces random pairing with probability (t/T) in epoch t of T. The
-            first 1.7 % and the last 1.3 % of them are not mixed (`schedule`), nor is what comes after the last.
+            first epoch and, of 10 or more, the last are not mixed (`schedule`; of many, the first 1.7 % and the last
+            1.3 %), nor is what comes after the last.
         pairing, pixels, schedule: other rules than the defaults, which are the library's `clean` protocol.
+            ConfusionPairing wants `end_epoch(validation)`, and pairs at random before the first.
         r: exponent of the foreground classes, q_k ~ n_k^-r (eq. 3).
-        rank, world: the place of this process among several. Where torch.distributed is initialised, `end_epoch` adds
+        rank, world: the place of this process among several. Each mixes its own part of a batch: it solves transport
+            for that alone, and draws its own λ and box. Where torch.distributed is initialised, `end_epoch` adds
             up what all of them have seen, so all call it; else each has a confusion matrix of its own.
 
     Images may be normalised; only SaliencyMix wants them in [0, 1]. The mixer may be called inside autocast or outside:
@@ -73,12 +84,16 @@ class OTMixer:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if epochs < 1:
-            raise UserError(f"OTMixer needs the number of epochs of the whole training, at least 1, not {epochs}")
+        if not epochs >= 1 or epochs % 1:
+            raise UserError(
+                f"OTMixer needs the number of epochs of the whole training, a whole number, at least 1, not {epochs}"
+            )
+        check_place(rank, world)
         self.model = model
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.counts = ClassCounts.from_labels(self.labels)
-        self.epochs, self.seed, self.rank, self.world = epochs, seed, rank, world
+        labels = torch.as_tensor(labels)
+        self.counts = ClassCounts.from_labels(labels)
+        self.labels = labels.to(torch.int64)
+        self.epochs, self.seed, self.rank, self.world = int(epochs), seed, rank, world
         self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
         self.batch_mixer = BatchMixer(
             pairing or Curriculum(IndexPairing(), TransportPairing()),
@@ -91,6 +106,8 @@ class OTMixer:
                 "training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
+        self._loader_sizes: set[int] = set()  # the batch sizes of the foreground loaders it has made
+        self._has_cut = False  # whether a batch of such a loader was cut in this epoch
         self.confusion: Confusion | None = None
         self.counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin(), decay=STREAM_DECAY)
 
@@ -100,12 +117,14 @@ class OTMixer:
         return Moment(self.seed, 0, min(self.epoch, self.epochs - 1), self.epochs, self.step, self.rank)
 
     def __call__(self, background: LabelledImages, foreground: LabelledImages) -> Mixed:
-        """Mix two batches `(images [B,C,H,W], labels [B])`. The foreground is moved to the background's device, and cut
-        to its length.
+        """Mix two batches `(images [B,C,H,W], labels [B], …)`. The foreground is moved to the background's device, and
+        cut to its length, which only the last batch of an epoch needs.
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
-        CPU that are out of range, and for fewer foregrounds than backgrounds.
+        CPU that are out of range, for fewer foregrounds than backgrounds, for a foreground_loader of larger batches
+        than the backgrounds', and for what is no such batch.
         """
+        background, foreground = _labelled(background), _labelled(foreground)
         device = background[0].device
         for _, labels in (background, foreground):
             self._check(labels)
@@ -116,6 +135,8 @@ class OTMixer:
                 f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
                 f"lost; make the foreground_loader with batch_size={len(back)}"
             )
+        if len(fore) < len(foreground[0]):
+            self._check_cut(len(back), len(foreground[0]))
         if self.counter.table.device != device:
             self._move(device)
         images = {id(back.items): back.images, id(fore.items): fore.images}
@@ -123,7 +144,9 @@ class OTMixer:
         def look(items: Items) -> Embedded:
             return embed(self.model, images[id(items)], items, log_probabilities=items is back.items)
 
-        mixed = self.batch_mixer(back, fore, look, PairingContext(self.moment, self.confusion), self.counter)
+        context = PairingContext(self.moment, self.confusion)
+        over = self.epoch >= self.epochs
+        mixed = Mixed.unmixed(back) if over else self.batch_mixer(back, fore, look, context, self.counter)
         self.step += 1
         return mixed
 
@@ -132,24 +155,34 @@ class OTMixer:
 
         From what the epoch's backgrounds showed, or, if given, from a pass over `validation`, batches of images that
         are not trained on; they are moved to where the training batches are. Of several processes each may pass all
-        of them or its part.
+        of them or its part. Raises UserError where `validation` has no batch, and where the pairing needs a matrix that
+        only it can give.
         """
         counter = self.counter
-        if validation is not None:
-            counter.table.scale(counter.decay)  # what was streamed meanwhile fades, as it would have
+        together = self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if validation is None:
+            if self.confusion is None and _never_embeds(self.batch_mixer.pairing):
+                raise UserError(
+                    "ConfusionPairing needs a confusion matrix, and embeds nothing that it could come from; call "
+                    "end_epoch(validation) with batches of images that are not trained on"
+                )
+        else:
             device, origin = counter.table.device, ConfusionOrigin("validation", "all", None, soft=False)
             counter = ConfusionCounter(self.counts.num_classes, origin, device=device)
-            for labelled in validation:
+            batch = None
+            for labelled in map(_labelled, validation):
                 self._check(labelled[1])
                 batch = _batch(labelled, device)
                 seen = embed(self.model, batch.images, batch.items)
                 assert seen.log_probabilities is not None
                 counter.add(batch.items.labels, seen.log_probabilities)
-        together = self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+            if batch is None and not together:  # the part of one of several processes may be empty
+                raise UserError("end_epoch was given validation data without a batch; give a loader that has some")
+            self.counter.table.scale(self.counter.decay)  # what was streamed meanwhile fades, as it would have
         estimate = counter.estimate(_over_all_processes if together else None)
         if estimate is not None:
             self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.step, self._has_cut = self.epoch + 1, 0, False
 
     def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
         """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
@@ -163,6 +196,7 @@ class OTMixer:
                 f"the foreground dataset has {len(dataset)} images, but OTMixer was given {len(self.labels)} labels; "
                 "give both of the same images, in the same order"
             )
+        self._loader_sizes.add(batch_size)
         return DataLoader(dataset, batch_size=batch_size, sampler=_ForegroundSampler(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -191,14 +225,18 @@ class OTMixer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, with the same labels, epochs, seed and processes. Raises UserError for
-        another number of classes.
+        another number of classes, and for what is no such state.
         """
+        if missing := {"epoch", "step", "confusion", "counts"} - state.keys():
+            raise UserError(
+                f"this is no state of an OTMixer, it lacks {', '.join(sorted(missing))}; give what state_dict() gave"
+            )
         if state["counts"].shape[0] != self.counts.num_classes:
             raise UserError(
                 f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "
                 "use the same labels"
             )
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self._has_cut = state["epoch"], state["step"], False
         self.counter.table.value = state["counts"]
         saved = state["confusion"]
         self.confusion = (
@@ -217,6 +255,21 @@ class OTMixer:
                 f"label {wrong[0].item()} is out of range: OTMixer was given the labels of {k} classes; give batches "
                 f"with labels 0 … {k - 1}"
             )
+
+    def _check_cut(self, backgrounds: int, foregrounds: int) -> None:
+        """Raises UserError where a foreground_loader's batches are larger than the backgrounds', so that it ends before
+        them: only the last batch of an epoch is short. Foregrounds from elsewhere may be as many as they like.
+        """
+        if foregrounds not in self._loader_sizes:
+            return
+        # the first is short by right only where all images are one batch
+        if self._has_cut or (self.step == 0 and backgrounds < len(self.labels) // self.world):
+            raise UserError(
+                f"the foreground batch has {foregrounds} images, the background {backgrounds}, and not only the "
+                "epoch's last, so the foreground_loader would end before your loader; make it with your loader's "
+                "batch size, and call end_epoch() after each pass over your loader"
+            )
+        self._has_cut = True
 
     def _move(self, device: torch.device) -> None:
         counts = self.counter.table.value
@@ -244,6 +297,32 @@ class _ForegroundSampler(Sampler[int]):
             items = self.mixer.stream.step(self.batch_size, replace(moment, step=step))
             assert items.index is not None  # drawn from a labelled dataset
             yield from items.index.tolist()
+
+
+def _never_embeds(pairing: Pairing) -> bool:
+    """Whether it wants a confusion matrix and looks at nothing from which one could be streamed."""
+    parts = (pairing.first, pairing.then) if isinstance(pairing, Curriculum) else (pairing,)
+    blind = all(isinstance(part, (ConfusionPairing, IndexPairing, WithinBatchPairing)) for part in parts)
+    return blind and any(isinstance(part, ConfusionPairing) for part in parts)
+
+
+def _labelled(batch: object) -> LabelledImages:
+    """Images and labels, int64, the first two things of a batch. Raises UserError for anything else."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+        example = "; of a dict take (batch['image'], batch['label'])" if isinstance(batch, Mapping) else ""
+        raise UserError(
+            f"a batch must be (images, labels), images being a tensor, not a {type(batch).__name__}{example}"
+        )
+    try:
+        labels = torch.as_tensor(batch[1])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the labels of a batch must be class numbers, not a {type(batch[1]).__name__}") from error
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise UserError(
+            "the labels of a batch must be a vector [B] of class numbers, integers, not "
+            f"{labels.dtype} {tuple(labels.shape)}"
+        )
+    return batch[0], labels.to(torch.int64)
 
 
 def _batch(labelled: LabelledImages, device: torch.device) -> Batch:

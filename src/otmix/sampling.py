@@ -2,7 +2,8 @@
 
 Both streams yield `Items`; no pixel is read. Sizes are global: a batch is drawn once, from a generator that does not
 know the rank, and process r of w takes the positions r, r + w, r + 2w, … of it. So the data that a step sees do not
-depend on the number of processes.
+depend on the number of processes; but each process pairs and mixes its own part by itself: it solves transport for that
+alone, and draws its own λ and box.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ def effective_number(counts: ClassCounts, beta: float = 0.9999) -> Tensor:
 
 
 def _as_labels(labels: Tensor | Sequence[int]) -> Tensor:
-    labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
+    labels = torch.as_tensor(labels, device="cpu")
     if labels.ndim != 1 or labels.numel() == 0:
         raise UserError(f"labels must be a vector [N] with N >= 1, not of shape {tuple(labels.shape)}")
-    return labels
+    if labels.is_floating_point():
+        raise UserError(f"labels must be class numbers, integers, not {labels.dtype}")
+    return labels.to(torch.int64)
 
 
-def _check_place(rank: int, world: int) -> None:
+def check_place(rank: int, world: int) -> None:
+    """Raises UserError for a rank that does not exist."""
     if not 0 <= rank < world:
         raise UserError(f"rank {rank} does not exist among {world} processes; ranks count from 0")
 
@@ -127,7 +131,7 @@ class BackgroundStream:
 
     def epoch(self, moment: Moment) -> list[Items]:
         """The batches of process `moment.rank` in order; the moment's seed, stage and epoch decide, not its step."""
-        _check_place(moment.rank, self.world)
+        check_place(moment.rank, self.world)
         draw = moment.at_epoch().generator("background")
         probability = None if self.law is None else self.law(moment.progress)
         if probability is None:
@@ -183,7 +187,7 @@ class ForegroundStream:
 
     def step(self, n: int, moment: Moment) -> Items:
         """`n` items for process `moment.rank` at one step: its share of n · world that are drawn for all together."""
-        _check_place(moment.rank, self.world)
+        check_place(moment.rank, self.world)
         return self.draw(n * self.world, replace(moment, rank=0).generator("foreground"))[moment.rank :: self.world]
 
 
@@ -206,7 +210,7 @@ class ForegroundSampler(Sampler[int]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        _check_place(rank, world)
+        check_place(rank, world)
         labels = _as_labels(labels)
         if num_samples is not None and num_samples < 1:
             raise UserError(f"the number of foregrounds in an epoch must be at least 1, it is {num_samples}")
