@@ -1,5 +1,7 @@
 """F against plain loops: soft and hard, dense and sparse, fading, over processes."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from otmix import counting
 from otmix.confusion import SOFT_TOP, ConfusionCounter, perturb
 from otmix.counting import CountTable, normalise_rows
+from otmix.errors import UserError
 from otmix.types import Confusion, ConfusionOrigin
 
 
@@ -147,3 +150,39 @@ def test_a_sparse_matrix_is_made_wrong_as_a_dense_one(k: int, shuffle: float, no
     assert got.matrix.is_sparse == (noise == 0)
     rows, columns = torch.arange(k), torch.arange(k).flip(0)
     assert torch.equal(got.lookup(rows, columns), perturb(true, shuffle, noise, drawn(3)).lookup(rows, columns))
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_an_image_of_which_the_model_says_no_number_is_not_counted(
+    soft: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last it says something: one class for certain."""
+    if sparse:
+        monkeypatch.setattr(counting, "SPARSE_ABOVE", 4)
+    labels, logp = said(40, SOFT_TOP, 0)
+    logits = torch.zeros(4, SOFT_TOP)
+    logits[0, 3], logits[1, 3], logits[2], logits[3, 1:] = math.nan, math.inf, -math.inf, -math.inf
+    found, want = (ConfusionCounter(SOFT_TOP, ConfusionOrigin(soft=soft)) for _ in range(2))
+    for counter in (found, want):
+        counter.add(labels, logp)
+    found.add(torch.tensor([0, 1, 2, 3]), logits.log_softmax(1))
+    want.add(torch.tensor([3]), torch.eye(SOFT_TOP)[:1].log())
+    torch.testing.assert_close(found.table.value.to_dense(), want.table.value.to_dense())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_where_no_image_counts_there_is_no_estimate(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sparse:
+        monkeypatch.setattr(counting, "SPARSE_ABOVE", 4)
+    counter = ConfusionCounter(SOFT_TOP, ConfusionOrigin())
+    counter.add(torch.tensor([0]), torch.full((1, SOFT_TOP), float("nan")))
+    assert counter.estimate() is None
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("shape", [(4, 8), (4, 2), (3, 3), (4,)])
+def test_other_than_one_logit_a_class_is_refused(soft: bool, shape: tuple[int, ...]) -> None:
+    counter = ConfusionCounter(3, ConfusionOrigin(soft=soft))
+    with pytest.raises(UserError, match=r"of 4 images .* 3 classes; .* \(features, logits\) in that order"):
+        counter.add(torch.tensor([0, 1, 2, 0]), torch.zeros(shape))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otmix.counting import CountTable, normalise_rows
+from otmix.errors import UserError
 from otmix.types import Confusion, ConfusionOrigin
 
 
@@ -60,16 +61,27 @@ class ConfusionCounter:
         self.table = CountTable(num_classes, device)
 
     def add(self, labels: Tensor, log_probabilities: Tensor) -> None:
-        """Count images of true class `labels [n]`, of which the model said `log_probabilities [n,K]`."""
+        """Count images of true class `labels [n]`, of which the model said `log_probabilities [n,K]`.
+
+        An image of which it said no number (NaN) is not counted. Raises UserError for other shapes.
+        """
+        if log_probabilities.shape != (len(labels), self.table.num_classes):
+            raise UserError(
+                f"of {len(labels)} images the model said {list(log_probabilities.shape)} numbers, but there are "
+                f"{self.table.num_classes} classes; let it give one logit a class, and (features, logits) in that order"
+            )
         labels = labels.to(self.table.device)
         said = log_probabilities.detach().to(self.table.device, torch.float32)
+        # one NaN would stay in the counts for good; a probability of 0, the logarithm −∞, is one like others
+        sound = said.amax(1, keepdim=True).isfinite()
         if not self.origin.soft:
-            self.table.add(labels, said.argmax(1))
+            self.table.add(labels, said.argmax(1), sound[:, 0].float())
         elif self.table.sparse:
             top, columns = said.topk(SOFT_TOP, dim=1)
-            self.table.add(labels[:, None].expand_as(columns).flatten(), columns.flatten(), top.exp().flatten())
+            top = top.exp().where(sound, 0.0)
+            self.table.add(labels[:, None].expand_as(columns).flatten(), columns.flatten(), top.flatten())
         else:
-            self.table.add_rows(labels, said.exp())
+            self.table.add_rows(labels, said.exp().where(sound, 0.0))
 
     def estimate(self, add_up: Callable[[Tensor], Tensor] | None = None) -> Confusion | None:
         """The rows of the counts, each divided by its sum; None when nothing has been counted. Then the counts fade by
@@ -79,7 +91,5 @@ class ConfusionCounter:
         """
         counts = self.table.gathered(add_up)
         self.table.scale(self.decay)
-        seen = (
-            counts.values().numel() > 0 if counts.is_sparse else bool((counts > 0).any())
-        )  # once an epoch: waiting here is fine
+        seen = bool(((counts.values() if counts.is_sparse else counts) > 0).any())  # once an epoch: waiting is fine
         return Confusion(normalise_rows(counts), self.origin) if seen else None
