@@ -78,3 +78,9 @@ def test_zero_features_do_not_make_nan() -> None:
 def test_omega_outside_0_1_is_refused() -> None:
     with pytest.raises(ValueError, match="omega"):
         CombinedCost(omega=1.5)
+
+
+@pytest.mark.parametrize("cost", [FeatureCost, CombinedCost])
+def test_a_misspelt_metric_is_refused(cost: type[FeatureCost] | type[CombinedCost]) -> None:
+    with pytest.raises(ValueError, match="'cosine' or 'euclidean', not by 'euclidian'"):
+        cost(metric="euclidian")  # type: ignore[arg-type]

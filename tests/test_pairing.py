@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from otmix.costs import CombinedCost
+from otmix.errors import UserError
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -266,3 +267,13 @@ def test_all_processes_choose_alike() -> None:
     for step in range(50):
         a, b = (curriculum.choose(Moment(epoch=4, epochs=10, step=step, rank=rank)) for rank in (0, 1))
         assert a is b
+
+
+def test_misspelt_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="'sample' or 'softmax', not 'argmx'"):
+        TransportPairing(select="argmx")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="per 'batch' or per 'epoch', not per 'step'"):
+        Curriculum(IndexPairing(), TransportPairing(), per="step")  # type: ignore[arg-type]
+    for power in (math.nan, -1.0):
+        with pytest.raises(UserError, match="must be 0 or more"):
+            Curriculum(IndexPairing(), TransportPairing(), power)

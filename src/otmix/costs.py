@@ -6,15 +6,21 @@ A cost maps two embedded batches to a matrix `[f,m]`, row i = foreground, column
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from otmix.errors import UserError
 from otmix.types import Confusion, Embedded
 
 Metric = Literal["cosine", "euclidean"]
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in get_args(Metric):
+        raise UserError(f"features are compared by 'cosine' or 'euclidean', not by {metric!r}")
 
 
 class Cost(Protocol):
@@ -28,6 +34,9 @@ class FeatureCost:
     """Eq. 5: 1 − cos(z_i, z_j), in [0, 2]; or the euclidean distance of Table 4, unscaled."""
 
     metric: Metric = "cosine"
+
+    def __post_init__(self) -> None:
+        _check_metric(self.metric)
 
     def __call__(self, foreground: Embedded, background: Embedded) -> Tensor:
         z_f, z_b = foreground.features.float(), background.features.float()
@@ -69,6 +78,7 @@ class CombinedCost:
     def __post_init__(self) -> None:
         if not 0.0 <= self.omega <= 1.0:
             raise ValueError(f"omega must lie in [0, 1], not be {self.omega}")
+        _check_metric(self.metric)
 
     def __call__(self, foreground: Embedded, background: Embedded) -> Tensor:
         by_class = ConfusionCost(self.confusion, self.keep_diagonal)(foreground, background)

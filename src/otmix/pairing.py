@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from otmix.transport import sinkhorn
 from otmix.types import Confusion, Embed, Items, Pairs
 
 Selection = Literal["argmax", "sample", "softmax"]
+CurriculumPer = Literal["batch", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ class TransportPairing:
     tolerance: float = 1e-4
     select: Selection = "argmax"
 
+    def __post_init__(self) -> None:
+        if self.select not in get_args(Selection):
+            raise UserError(f"transport selects by 'argmax', 'sample' or 'softmax', not {self.select!r}")
+
     @torch.no_grad()
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
         embedded_foreground, embedded_background = embed(foreground), embed(background)
@@ -171,12 +176,14 @@ class Curriculum:
     first: Pairing
     then: Pairing
     power: float = 1.0
-    per: Literal["batch", "epoch"] = "batch"
+    per: CurriculumPer = "batch"
     one_based: bool = True
 
     def __post_init__(self) -> None:
-        if self.power < 0:
-            raise UserError(f"the power of the curriculum must not be negative, it is {self.power}; the paper has 1")
+        if not self.power >= 0:  # nor NaN
+            raise UserError(f"the power of the curriculum must be 0 or more, it is {self.power}; the paper has 1")
+        if self.per not in get_args(CurriculumPer):
+            raise UserError(f"the curriculum draws per 'batch' or per 'epoch', not per {self.per!r}")
 
     def probability(self, moment: Moment) -> float:
         """(t/T)^power at this epoch."""
