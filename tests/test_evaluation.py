@@ -206,3 +206,12 @@ def test_predicting_nothing_is_an_error_and_restores_the_model() -> None:
     with pytest.raises(ValueError, match="no images"):
         predict_probabilities(model, [])
     assert all(module.training for module in model.modules())
+
+
+def test_arrays_and_lists_are_taken_as_tensors_but_no_fractions_as_labels() -> None:
+    said, labels = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]]), torch.tensor([0, 1, 1])
+    want = evaluate_predictions(said, labels, None).to_dict()
+    assert evaluate_predictions(said.numpy(), labels.numpy(), None).to_dict() == want  # type: ignore[arg-type]
+    assert evaluate_predictions(said.tolist(), labels.tolist(), None).to_dict() == want  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="class numbers, integers, not"):
+        evaluate_predictions(said, labels + 0.5, None)

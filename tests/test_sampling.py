@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -380,3 +381,9 @@ def test_resampled_batches_are_shared_out_over_processes(world: int) -> None:
 def test_labels_that_are_no_integers_are_refused() -> None:
     with pytest.raises(UserError, match="class numbers, integers, not"):
         ForegroundSampler([0.0, 1.7])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("law", [inverse_frequency, effective_number])
+def test_laws_are_made_from_class_counts(law: Callable[[ClassCounts], torch.Tensor]) -> None:
+    with pytest.raises(UserError, match="made from ClassCounts, not from a Tensor"):
+        law(torch.tensor([80, 40]))  # type: ignore[arg-type]

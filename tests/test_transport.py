@@ -385,3 +385,10 @@ def test_favourites_are_the_largest_entries() -> None:
 if __name__ == "__main__":  # by test_the_kernel_for_cuda_finds_the_same_plans
     kernel_agrees()
     print("agree")
+
+
+def test_arrays_and_lists_are_taken_as_tensors() -> None:
+    cost, mass = uniform(3, 4, 0), torch.tensor([0.2, 0.3, 0.5])
+    want = sinkhorn(cost, mass).coupling
+    assert torch.equal(sinkhorn(cost.numpy(), mass.numpy()).coupling, want)  # type: ignore[arg-type]
+    assert torch.equal(sinkhorn(cost.tolist(), mass.tolist()).coupling, want)  # type: ignore[arg-type]

@@ -86,15 +86,18 @@ def evaluate_predictions(
     few: int = 20,
     bins: int = 15,
 ) -> Evaluation:
-    """`Evaluation` of class probabilities `[n,K]` against `labels [n]`.
+    """`Evaluation` of class probabilities `[n,K]` against `labels [n]`, tensors, arrays or lists.
 
     `counts` are the training sizes that make the shot groups (`ClassCounts.shot_groups(many, few)`); without them every
     group is None.
     Raises ValueError for shapes that do not fit, no images, labels out of range, or probabilities outside [0, 1].
     """
-    probabilities = probabilities.detach().to("cpu", torch.float64)
-    labels = labels.detach().to("cpu", torch.int64)
+    probabilities = torch.as_tensor(probabilities).detach().to("cpu", torch.float64)
+    given = torch.as_tensor(labels).detach()
+    labels = given.to("cpu", torch.int64)
     _check(probabilities, labels, counts)
+    if given.is_floating_point():
+        raise ValueError(f"labels must be class numbers, integers, not {given.dtype}")
     n, num_classes = probabilities.shape
     confidence, predicted = probabilities.max(dim=1)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)

@@ -21,6 +21,14 @@ from otmix.randomness import Moment
 from otmix.types import ClassCounts, Items
 
 
+def _check_counts(counts: ClassCounts) -> None:
+    if not isinstance(counts, ClassCounts):
+        raise UserError(
+            f"the law of the classes is made from ClassCounts, not from a {type(counts).__name__}; give "
+            "ClassCounts.from_labels(labels), or ClassCounts of how many images each class has"
+        )
+
+
 def inverse_frequency(counts: ClassCounts, r: float = 1.0) -> Tensor:
     """Class probabilities q_k = n_k^-r / Σ_l n_l^-r, float64 `[K]` (Gao et al. 2023, eq. 3).
 
@@ -28,6 +36,7 @@ def inverse_frequency(counts: ClassCounts, r: float = 1.0) -> Tensor:
     frequencies. The exponent is per *class*: one image of class k has weight q_k / n_k. (The released code's
     `weighted_alpha` is an exponent per image: its 1 is r = 0 here.)
     """
+    _check_counts(counts)
     if not math.isfinite(r):
         raise UserError(f"the exponent r of the foreground classes must be a finite number, it is {r}")
     return torch.softmax(-r * counts.counts.double().log(), dim=0)
@@ -39,6 +48,7 @@ def effective_number(counts: ClassCounts, beta: float = 0.9999) -> Tensor:
     By the effective number of samples (Cui et al. 2019), the other choice that eq. 3 names. β = 0 is uniform over
     classes; β → 1 tends to `inverse_frequency(counts, r=1)`. Times K these are the class weights that sum to K.
     """
+    _check_counts(counts)
     if not 0.0 <= beta < 1.0:
         limit = "for its limit 1 use the inverse frequency with r = 1"
         raise UserError(f"beta of the effective number must lie in [0, 1), it is {beta}; {limit}")

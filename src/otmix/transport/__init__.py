@@ -34,13 +34,14 @@ def sinkhorn(
     `cost [...,f,m]` is C, each matrix a problem of its own; `foreground_mass [...,f]` is a and `background_mass
     [...,m]` is b, each summing to 1, zeros allowed, uniform if not given, shared where they lack leading dimensions.
     `epsilon` is in units of the cost. float16 and bfloat16 costs are solved in float32; the plan has the dtype and
-    device of the computation and no gradient.
+    device of the computation and no gradient. NumPy arrays and lists are taken as tensors on the CPU.
 
     The coupling's rows sum to a up to rounding, also when the iterations run out, so every foreground with a mass has a
     partner. `marginal_error` is measured on the returned coupling, and `converged` says whether it is at most
     `tolerance`. Its floor in float32 is about 1e-6 on most and 3e-5 on nearly separable problems, in float64 1e-14. At
-    1e-3 the largest entry of each row is settled, at 1e-4 the objective is right to about 1e-4 of its value; float32
-    also rounds C, which changes T by a factor of 1 ± 6e-8 · max|C|/ε. A potential is −∞ where the mass is zero.
+    1e-3 the largest entry of each row is settled; at 1e-4 the objective plus the constant ε ln(f m) is right to about
+    1e-4 of its value (the objective alone can be nearly 0, and is then right to less of its own). float32 also rounds
+    C, which changes T by a factor of 1 ± 6e-8 · max|C|/ε. A potential is −∞ where the mass is zero.
 
     On the CPU a problem ends with the first block of `BLOCK` iterations that has converged; so does, within one kernel,
     a float32 problem of up to 256 × 256 on CUDA. Other devices and problems run all `max_iterations`, the converged
@@ -57,6 +58,7 @@ def sinkhorn(
     mean to wait: there such a problem has the error ∞, is not converged, and its coupling, finite all the same, is that
     of C = 0 or of a uniform mass.
     """
+    cost = torch.as_tensor(cost)
     _check_settings(cost, epsilon, max_iterations, tolerance)
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
     if not torch.finfo(cost.dtype).tiny <= epsilon < math.inf:
@@ -118,6 +120,7 @@ def _mass(mass: Tensor | None, like: Tensor, name: str) -> tuple[Tensor, Tensor 
     n = like.shape[-1]
     if mass is None:
         return torch.full_like(like, 1 / n), True
+    mass = torch.as_tensor(mass)
     if mass.ndim < 1 or mass.shape[-1] != n:
         raise ValueError(f"{name} must have the shape {list(like.shape)} or {[n]}, not {list(mass.shape)}")
     try:
