@@ -1,14 +1,38 @@
 """The criterion's combination of shares, weights and reductions, against plain loops."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otmix.losses import LOSSES, Criterion, CrossEntropy, DeferredReweighting, effective_number_weights, register_loss
-from otmix.types import ClassCounts, Output, Target
+from otmix.errors import UserError
+from otmix.losses import (
+    LOSSES,
+    BalancedSoftmax,
+    Criterion,
+    CrossEntropy,
+    DeferredReweighting,
+    effective_number_weights,
+    register_loss,
+)
+from otmix.methods.names import known_mixers
+from otmix.methods.parts import (
+    ALIASES,
+    ARCHITECTURE_PARTS,
+    LOSS_PARTS,
+    PAIRING_PARTS,
+    PIXEL_PARTS,
+    REBALANCING_PARTS,
+    Part,
+)
+from otmix.mixing import LOSS_NAMES, PIXEL_RULES, RESERVED, Mixup, register_mixer
+from otmix.types import Batch, ClassCounts, Items, Mixed, Output, Target
+
+BUILT_IN_LOSS_NAMES = frozenset(LOSS_NAMES)
 
 COUNTS = ClassCounts(torch.tensor([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]))
 
@@ -111,3 +135,82 @@ def test_registering_a_name_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="'ce'"):
         register_loss("ce")(CrossEntropy)
     assert LOSSES["ce"] is CrossEntropy
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "weighted_mean"])
+def test_another_reduction_is_refused(reduction: str) -> None:
+    target = Target.hard(torch.tensor([0]))
+    with pytest.raises(UserError, match=f"'mean' or 'weighted-mean', not by '{reduction}'"):
+        CrossEntropy(COUNTS)(Output(torch.zeros(1, 10)), target, reduction=reduction)  # type: ignore[arg-type]
+
+
+def test_losses_that_are_given_logits_or_labels_say_what_they_take() -> None:
+    logits, mixed = torch.zeros(4, 10), Mixed.unmixed(Batch(Items(torch.arange(4)), torch.zeros(4, 1, 2, 2)))
+    criterion = BalancedSoftmax(COUNTS)
+    with pytest.raises(UserError, match=r"write criterion\(Output\(logits\), mixed.target\)"):
+        mixed.loss(criterion, logits)
+    with pytest.raises(UserError, match=r"write criterion\(Output\(logits\), mixed.target\)"):
+        criterion(logits, mixed.target)
+    assert criterion(Output(logits), mixed.target).ndim == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_made_from_class_counts(name: str) -> None:
+    with pytest.raises(UserError, match="made from ClassCounts, not from a list"):
+        LOSSES[name]([80, 40])  # type: ignore[arg-type]
+
+
+# ---- names that mean something else in a method's name
+
+
+def spelt(*tables: dict[str, Part]) -> set[str]:
+    return {word for table in tables for name, part in table.items() for word in (name, part.title.lower())}
+
+
+def test_reserved_words_are_those_of_the_methods() -> None:
+    words = {*ALIASES, *spelt(LOSS_PARTS, REBALANCING_PARTS, PAIRING_PARTS, ARCHITECTURE_PARTS, PIXEL_PARTS)}
+    assert {word for word in words if word.isalpha()} == RESERVED | BUILT_IN_LOSS_NAMES | set(PIXEL_PARTS)
+    assert {name for name in LOSS_PARTS if name.isalpha()} == BUILT_IN_LOSS_NAMES
+    for word in (*words, *known_mixers()):
+        with pytest.raises(UserError):
+            register_loss(word)(CrossEntropy)
+        with pytest.raises(UserError):
+            register_mixer(word)(Mixup)
+
+
+@pytest.mark.parametrize(
+    "name", ["erm", "balms", "drw", "ride", "bbn", "otmix", "cmo", "mixup", "cmo-mixup", "otmix-my"]
+)
+def test_a_loss_that_could_never_be_called_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"'{name}' means something else in a method's name"):
+        register_loss(name)
+
+
+@pytest.mark.parametrize("name", ["otmix", "cmo", "confusion", "focal", "ldam", "ce", "erm", "drw", "ride"])
+def test_a_mixer_that_would_hide_a_method_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"'{name}' means something else in a method's name"):
+        register_mixer(name)
+
+
+def test_a_loss_and_a_mixer_of_ones_own_cannot_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (LOSSES, PIXEL_RULES):  # as they were, afterwards
+        monkeypatch.setitem(table, "first", None)
+        monkeypatch.delitem(table, "first")
+        monkeypatch.setitem(table, "second", None)
+        monkeypatch.delitem(table, "second")
+    register_loss("first")(CrossEntropy)
+    with pytest.raises(UserError, match="'first' means something else"):
+        register_mixer("first")
+    register_mixer("second")(Mixup)
+    with pytest.raises(UserError, match="'second' means something else"):
+        register_loss("second")
+
+
+@pytest.mark.parametrize(("register", "part"), [(register_loss, CrossEntropy), (register_mixer, Mixup)])
+def test_a_decorator_without_a_name_and_what_is_no_class_are_refused(
+    register: Callable[..., Any], part: type[object]
+) -> None:
+    with pytest.raises(UserError, match=rf'write @{register.__name__}\("my.'):
+        register(part)
+    with pytest.raises(UserError, match="must be a class"):
+        register("mine")(lambda: part)

@@ -19,6 +19,7 @@ from otmix.losses.ldam import LDAM
 from otmix.losses.logit_adjustment import LogitAdjustment
 from otmix.losses.reweighting import DeferredReweighting, effective_number_weights
 from otmix.losses.ride import RIDE
+from otmix.mixing import LOSS_NAMES, PIXEL_RULES, RESERVED
 
 LOSSES: dict[str, type[Criterion]] = {
     "ce": CrossEntropy,
@@ -41,22 +42,28 @@ def register_loss(name: str) -> Callable[[_C], _C]:
     """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …). Its
     attributes `title`, `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
 
-    Raises UserError for a name that is taken, or that would mean something else in a method's name, and for a class
-    that is no `Criterion`.
+    Raises UserError for a name that is taken, or that would mean something else in a method's name, and for what is no
+    class derived from `Criterion`.
     """
+    if not isinstance(name, str):
+        raise UserError('register_loss needs a name: write @register_loss("my-loss") above the class')
     plain = re.fullmatch(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*", name)
     if plain is None or name.startswith(("ride-", "bbn-")) or name.endswith(("-drw", "-drs", "-cbs", "-srs")):
         raise UserError(
             f"a loss cannot be named {name!r}; use lower-case letters, digits, '_' and '-', but not ride- or bbn- "
             "before, nor -drw, -drs, -cbs or -srs behind"
         )
+    # "otmix-mixup" is a mixer, and so will be "otmix-" with any rule
+    if name in RESERVED or name in PIXEL_RULES or name.startswith(("cmo-", "otmix-", "confusion-")):
+        raise UserError(f"{name!r} means something else in a method's name; choose another name for the loss")
 
     def add(criterion: _C) -> _C:
         if name in LOSSES:
             raise UserError(f"there is already a loss named {name!r}; choose another name")
-        if not issubclass(criterion, Criterion):
+        if not (isinstance(criterion, type) and issubclass(criterion, Criterion)):
             raise UserError(f"the loss {name!r} must be a class derived from otmix.losses.Criterion")
         LOSSES[name] = criterion
+        LOSS_NAMES.add(name)
         return criterion
 
     return add

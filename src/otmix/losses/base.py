@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from otmix.errors import UserError
 from otmix.types import ClassCounts, Output, Target
 
 Head = Literal["linear", "normed", "sigmoid"]
 Reduction = Literal["mean", "weighted-mean"]
+_REDUCTIONS = get_args(Reduction)
 
 
 class Criterion(nn.Module):
@@ -29,6 +31,11 @@ class Criterion(nn.Module):
 
     def __init__(self, counts: ClassCounts) -> None:
         super().__init__()
+        if not isinstance(counts, ClassCounts):
+            raise UserError(
+                f"a loss is made from ClassCounts, not from a {type(counts).__name__}; give it "
+                "ClassCounts.from_labels(labels), or ClassCounts of how many images each class has"
+            )
         self.num_classes = counts.num_classes
 
     def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
@@ -58,7 +65,16 @@ class Criterion(nn.Module):
         `class_weight [K]` weighs each term by its own label. `reduction` "mean" divides by B. "weighted-mean" is what
         two calls of `F.cross_entropy(weight=w)` give, as in the released code: each of the two terms is divided by the
         sum of its own batch's weights, so that a weight no longer trades one term off against the other.
+
+        Raises UserError for another reduction, and for logits or labels in place of an `Output` and a `Target`.
         """
+        if not isinstance(target, Target) or isinstance(output, Tensor):
+            raise UserError(
+                "the losses of otmix take a mix as a whole; instead of mixed.loss(criterion, logits) write "
+                "criterion(Output(logits), mixed.target), and of hard labels make Target.hard(labels)"
+            )
+        if reduction not in _REDUCTIONS:
+            raise UserError(f"a loss is reduced by 'mean' or 'weighted-mean', not by {reduction!r}")
 
         def weighted(labels: Tensor) -> Tensor:
             loss = self.per_label(output, labels, progress)

@@ -59,6 +59,11 @@ PIXEL_RULES: dict[str, type[Mixer]] = {
     "unimix": UniMix,
 }
 
+# What means something in a method's name without being a pixel rule or a loss; tests hold it equal to otmix.methods.
+RESERVED = frozenset({"balms", "bbn", "cbs", "cmo", "confusion", "drs", "drw", "erm", "otmix", "ride", "srs"})
+LOSS_NAMES = {"bayias", "ce", "focal", "ib", "lade", "ldam"}
+"""Names of losses that a mixer's could be taken for; `register_loss` adds to them."""
+
 _M = TypeVar("_M", bound=type[Mixer])
 
 
@@ -66,16 +71,22 @@ def register_mixer(name: str) -> Callable[[_M], _M]:
     """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …). Its attributes `title`,
     `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
 
-    Raises UserError for a name that is taken or is not made of lower-case letters, digits and `_`, and for a class
-    that lacks `draw` or `apply`.
+    Raises UserError for a name that is taken, means something else in a method's name or is not made of lower-case
+    letters, digits and `_`, and for what is no class or lacks `draw` or `apply`.
     """
+    if not isinstance(name, str):
+        raise UserError('register_mixer needs a name: write @register_mixer("my_mixer") above the class')
     # "+" and "-" would make a method's name mean something else
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None:
         raise UserError(f"a mixer's name is lower-case letters, digits and '_', from a letter on, not {name!r}")
+    if name in RESERVED or name in LOSS_NAMES:
+        raise UserError(f"{name!r} means something else in a method's name; choose another name for the mixer")
 
     def add(mixer: _M) -> _M:
         if name in PIXEL_RULES:
             raise UserError(f"there is already a mixer named {name!r}")
+        if not isinstance(mixer, type):
+            raise UserError(f"the mixer {name!r} must be a class with the methods draw and apply")
         missing = [method for method in ("draw", "apply") if not callable(getattr(mixer, method, None))]
         if missing:
             raise UserError(f"the mixer {name!r} needs the methods draw and apply; it lacks {' and '.join(missing)}")
