@@ -186,7 +186,7 @@ class OTMixer:
 
     def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
         """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
-        collate_fn, …).
+        collate_fn, …). `batch_size` is that of the backgrounds' loader, for one process.
 
         What it draws follows the mixer's epoch, so a resumed mixer resumes it too. Raises UserError for a dataset that
         has not one image for each label that OTMixer was given.
@@ -265,8 +265,8 @@ class OTMixer:
         # the first is short by right only where all images are one batch
         if self._has_cut or (self.step == 0 and backgrounds < len(self.labels) // self.world):
             raise UserError(
-                f"the foreground batch has {foregrounds} images, the background {backgrounds}, and not only the "
-                "epoch's last, so the foreground_loader would end before your loader; make it with your loader's "
+                f"the foreground batch has {foregrounds} images, the background {backgrounds}, so the "
+                "foreground_loader would end before your loader, and images be lost; make it with your loader's "
                 "batch size, and call end_epoch() after each pass over your loader"
             )
         self._has_cut = True
