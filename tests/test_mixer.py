@@ -69,6 +69,19 @@ def test_fraction_is_the_share_of_images_within_a_mixed_batch(fraction: float) -
     assert torch.equal(mixed.soft_labels(K)[rest], torch.nn.functional.one_hot(back.items.labels[rest], K).float())
 
 
+@pytest.mark.parametrize(
+    ("epochs", "mixed"),
+    [(240, range(4, 237)), (120, range(2, 119)), (30, range(1, 29)), (10, range(1, 9)), (9, range(1, 9))],
+)
+def test_the_last_epoch_is_plain_in_short_runs_too(epochs: int, mixed: range) -> None:
+    released, always = MixSchedule(window=(4 / 240, 237 / 240)), MixSchedule()
+    moments = [Moment(0, 0, epoch, epochs) for epoch in range(epochs)]
+    assert [m.epoch for m in moments if released.mixes(m)] == list(mixed)
+    assert all(always.mixes(m) for m in moments)
+    late = MixSchedule(window=(1 - 1 / epochs, 0.999))
+    assert late.reaches(epochs) == (epochs < 10)
+
+
 def test_probability_and_window_of_the_released_code() -> None:
     """Strictly 3 < e < 237 of 240, and half of the batches inside."""
     schedule = MixSchedule(0.5, (4 / 240, 237 / 240))

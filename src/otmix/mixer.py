@@ -16,13 +16,17 @@ from otmix.pairing import Pairing, PairingContext
 from otmix.randomness import Moment
 from otmix.types import Batch, Embed, Embedded, Items, Mixed
 
+PLAIN_END_FROM = 10
+"""Of fewer epochs none is given up for a plain end."""
+
 
 @dataclass(frozen=True)
 class MixSchedule:
     """Which batches are mixed, and how much of them.
 
     `probability` that a batch inside the window is mixed; `window`, the part of the epochs with mixing as fractions of
-    the stage, [start, end); `fraction` of the images within a mixed batch that are mixed (Table 7), the others staying
+    the stage, [start, end): where that ends before 1, the last of `PLAIN_END_FROM` epochs or more lies outside, however
+    short the rest; `fraction` of the images within a mixed batch that are mixed (Table 7), the others staying
     plain backgrounds.
     """
 
@@ -41,11 +45,17 @@ class MixSchedule:
 
     def reaches(self, epochs: int) -> bool:
         """Whether any of so many epochs lies in the window."""
-        return any(self.window[0] <= epoch / epochs < self.window[1] for epoch in range(epochs))
+        return any(self._inside(epoch, epochs) for epoch in range(epochs))
+
+    def _inside(self, epoch: int, epochs: int) -> bool:
+        start, end = self.window
+        # BatchNorm's statistics are those of the last epoch, and 237/240 of a short run leaves none
+        plain = end < 1.0 and epochs >= PLAIN_END_FROM and epoch == epochs - 1
+        return start <= epoch / epochs < end and not plain
 
     def mixes(self, moment: Moment) -> bool:
         """Whether this step's batch is mixed: a function of the moment alone, the same on every process."""
-        if not self.window[0] <= moment.progress < self.window[1]:
+        if not self._inside(moment.epoch, moment.epochs):
             return False
         draw = torch.rand((), generator=replace(moment, rank=0).generator("mix-or-not"), dtype=torch.float64)
         return float(draw) < self.probability

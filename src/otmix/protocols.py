@@ -41,7 +41,8 @@ class Protocol:
     )
     mix_until: float = _setting(
         237 / 240,
-        "share of the run after which mixing stops",
+        "share of the run after which mixing stops; where it is below 1, the last of 10 epochs or more is plain "
+        "however short the rest",
         "released code: not in the last 3 of 240 epochs, which leaves BatchNorm the statistics of plain images; "
         "measured (results/README.md). The paper has no margin",
     )
