@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from otmix.errors import UserError
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
+from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -27,14 +28,12 @@ from otmix.pairing import (
 from otmix.protocols import PROTOCOLS
 from otmix.randomness import Moment
 from otmix.sampling import ForegroundStream, check_place, inverse_frequency
-from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
+from otmix.types import ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
 
 STREAM_DECAY = 0.9
 """What the streamed confusion keeps from one epoch to the next: about ten epochs of memory."""
 
 CLEAN = PROTOCOLS["clean"]
-
-LabelledImages = tuple[Tensor, Tensor]
 
 
 class OTMixer:
@@ -124,12 +123,12 @@ class OTMixer:
         CPU that are out of range, for fewer foregrounds than backgrounds, for a foreground_loader of larger batches
         than the backgrounds', and for what is no such batch.
         """
-        background, foreground = _labelled(background), _labelled(foreground)
+        background, foreground = labelled(background), labelled(foreground)
         device = background[0].device
         for _, labels in (background, foreground):
             self._check(labels)
-        back = _batch(background, device)
-        fore = _batch(foreground, device)[: len(back)]
+        back = batch_of(background, device)
+        fore = batch_of(foreground, device)[: len(back)]
         if len(fore) < len(back):
             raise UserError(
                 f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
@@ -170,9 +169,9 @@ class OTMixer:
             device, origin = counter.table.device, ConfusionOrigin("validation", "all", None, soft=False)
             counter = ConfusionCounter(self.counts.num_classes, origin, device=device)
             batch = None
-            for labelled in map(_labelled, validation):
-                self._check(labelled[1])
-                batch = _batch(labelled, device)
+            for pair in map(labelled, validation):
+                self._check(pair[1])
+                batch = batch_of(pair, device)
                 seen = embed(self.model, batch.images, batch.items)
                 assert seen.log_probabilities is not None
                 counter.add(batch.items.labels, seen.log_probabilities)
@@ -203,7 +202,7 @@ class OTMixer:
         """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
         `foregrounds` without end.
         """
-        endless = _again_and_again(foregrounds)
+        endless = again_and_again(foregrounds)
 
         def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             mixed = self((images, labels), next(endless))
@@ -306,40 +305,6 @@ def _never_embeds(pairing: Pairing) -> bool:
     return blind and any(isinstance(part, ConfusionPairing) for part in parts)
 
 
-def _labelled(batch: object) -> LabelledImages:
-    """Images and labels, int64, the first two things of a batch. Raises UserError for anything else."""
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
-        example = "; of a dict take (batch['image'], batch['label'])" if isinstance(batch, Mapping) else ""
-        raise UserError(
-            f"a batch must be (images, labels), images being a tensor, not a {type(batch).__name__}{example}"
-        )
-    try:
-        labels = torch.as_tensor(batch[1])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the labels of a batch must be class numbers, not a {type(batch[1]).__name__}") from error
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise UserError(
-            "the labels of a batch must be a vector [B] of class numbers, integers, not "
-            f"{labels.dtype} {tuple(labels.shape)}"
-        )
-    return batch[0], labels.to(torch.int64)
-
-
-def _batch(labelled: LabelledImages, device: torch.device) -> Batch:
-    images, labels = labelled
-    return Batch(Items(labels.to(device, non_blocking=True)), images.to(device, non_blocking=True))
-
-
 def _over_all_processes(counts: Tensor) -> Tensor:
     torch.distributed.all_reduce(counts)
     return counts
-
-
-def _again_and_again(batches: Iterable[LabelledImages]) -> Iterator[LabelledImages]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("the foreground loader gave no batch; is its dataset empty?")
