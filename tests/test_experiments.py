@@ -40,8 +40,8 @@ from otmix.experiments.units import (
 from otmix.files import write_json
 from otmix.methods import parse_method
 from otmix.protocols import PROTOCOLS, Overrides
-from otmix.training.records import read_config
-from otmix.training.setup import effective_settings
+from otmix.training.records import data_record, read_config
+from otmix.training.setup import effective_settings, load_data
 
 ERRORS = {
     ("ce", 0): 0.30,
@@ -120,7 +120,8 @@ class Trainer:
         if key in self.raises:
             raise self.raises[key]
         self.trained.append(key)
-        return finish_run(config, self.errors[key])
+        data = data_record(load_data(config)) if config.data == "folder" else {}
+        return finish_run(config, self.errors[key], data=data)
 
 
 class Lines(training.Silent):
@@ -184,10 +185,39 @@ def test_other_settings_are_other_runs(tmp_path: Path, trainer: Trainer) -> None
     assert trainer.trained == [("ce", 0), ("ce", 0)]  # the number of workers changes no result
 
 
+def photos(folder: Path) -> str:
+    """A folder of images of two classes."""
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(5):
+            Image.new("L", (16, 16), 50 * i).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
 def test_other_folders_of_images_are_other_runs(tmp_path: Path, trainer: Trainer) -> None:
-    for root in ("photos", "drawings", "photos"):
+    for name in ("photos", "drawings", "photos"):
+        root = photos(tmp_path / name)
         run(tmp_path, ["erm"], seeds=1, base=replace(BASE, data="folder", root=root))
     assert trainer.trained == [("ce", 0), ("ce", 0)]
+
+
+def test_runs_on_other_images_of_the_same_name_are_not_reused(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = replace(BASE, data="folder", root="photos")
+    for name in ("here", "there"):
+        photos(tmp_path / name / "photos")
+    (tmp_path / "there" / "photos" / "ant" / "0.png").unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    first = run(tmp_path, ["erm"], seeds=1, base=base).outcomes[0].run_dir
+    assert run(tmp_path, ["erm"], seeds=1, base=base).outcomes[0].status == "reused"
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(
+        UserError, match=r"not those that .* was trained on \(counts, splits changed\); .* --runs"
+    ) as told:
+        run(tmp_path, ["erm", "cmo"], seeds=2, base=base)
+    assert str(first) in str(told.value)
+    assert trainer.trained == [("ce", 0)]
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path, trainer: Trainer) -> None:
@@ -367,7 +397,14 @@ def test_runs_that_saw_other_images_are_not_called_comparable(tmp_path: Path, tr
     data = json.loads((outcome.run_dir / "data.json").read_text())
     write_json(outcome.run_dir / "data.json", data | {"splits": SPLITS | {"train": {"images": 119, "sha256": "cc"}}})
     (note,) = [note for note in run(tmp_path, ["erm", "cmo"], seeds=2).notes if note.startswith("NOT COMPARABLE")]
-    assert "seed 1 " in note
+    assert "NOT COMPARABLE: ERM + CMO with seed 1 did not see" in note
+
+
+def test_all_seeds_of_one_method_must_have_seen_the_same_images(tmp_path: Path, trainer: Trainer) -> None:
+    outcome = run(tmp_path, ["erm"], seeds=2).outcomes[-1]
+    data = json.loads((outcome.run_dir / "data.json").read_text())
+    write_json(outcome.run_dir / "data.json", data | {"splits": SPLITS | {"test": {"images": 50, "sha256": "cc"}}})
+    assert any(note.startswith("NOT COMPARABLE: ERM with seed 1 ") for note in run(tmp_path, ["erm"], seeds=2).notes)
 
 
 def test_the_split_is_named_where_it_is_not_the_test_split(tmp_path: Path, trainer: Trainer) -> None:

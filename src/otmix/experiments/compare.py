@@ -12,6 +12,7 @@ from typing import Any
 
 from otmix import training
 from otmix.config import RunConfig, default_run_dir
+from otmix.data import ImageDataset
 from otmix.errors import UserError
 from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
@@ -19,7 +20,7 @@ from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.files import make_folder_of, read_json
 from otmix.methods import Method, check_settings, parse_method
 from otmix.training.launch import cores
-from otmix.training.records import read_config, read_settings, runs_folder
+from otmix.training.records import changed_data, read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
 from otmix.wording import counted
@@ -70,15 +71,18 @@ def compare(
         for method in sorted(chosen, key=_training_order)
         for seed in range(base.seed, base.seed + seeds)
     }
-    outcomes = {key: _reused(*key, config) for key, config in configs.items() if training.is_finished(_run_dir(config))}
+    finished = {key: config for key, config in configs.items() if training.is_finished(_run_dir(config))}
+    # what the others hold is known by their names
+    dataset = load_data(base, reporter.loading) if finished and base.data == "folder" else None
+    outcomes = {key: _reused(*key, config, dataset) for key, config in finished.items()}
     missing = {key: config for key, config in configs.items() if key not in outcomes}
     reporter.message(_plan_in_words(chosen, seeds, len(outcomes), len(missing)))
     make_folder_of(folder / "comparison", "--runs")
     try:
         _train_missing(missing, outcomes, jobs, imports, reporter)
     except (KeyboardInterrupt, training.Interrupted):
-        finished = sum(training.is_finished(_run_dir(config)) for config in configs.values())
-        raise ComparisonInterrupted(folder, finished, len(configs)) from None
+        done = sum(training.is_finished(_run_dir(config)) for config in configs.values())
+        raise ComparisonInterrupted(folder, done, len(configs)) from None
     return summarise(base, chosen, [outcomes[key] for key in sorted(outcomes, key=_place_in(chosen))], folder)
 
 
@@ -122,7 +126,7 @@ def _run_dir(config: RunConfig) -> Path:
     return training.run_dir_of(config)
 
 
-def _reused(method: str, seed: int, config: RunConfig) -> Outcome:
+def _reused(method: str, seed: int, config: RunConfig, dataset: ImageDataset | None) -> Outcome:
     """A finished run. Raises UserError where its folder holds another one: what is shown must be what was asked for."""
     run_dir = _run_dir(config)
     asked = config.identity_with(parse_method(method).effective(config.protocol, config.set))
@@ -135,6 +139,11 @@ def _reused(method: str, seed: int, config: RunConfig) -> Outcome:
     if other:
         raise UserError(
             f"{run_dir} holds a run with other settings ({'; '.join(other)}); "
+            "move it away, or name another folder with --runs"
+        )
+    if dataset is not None and (changed := changed_data(run_dir, dataset)):
+        raise UserError(
+            f"the data in {config.root} are not those that {run_dir} was trained on ({', '.join(changed)} changed); "
             "move it away, or name another folder with --runs"
         )
     return Outcome(method, seed, run_dir, "reused", read_json(run_dir / "result.json"))

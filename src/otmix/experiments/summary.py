@@ -149,21 +149,17 @@ def _notes(
         notes.append(f"No p-value is given from fewer than {SEEDS_FOR_A_TEST} seeds.")
     if rows and (splits := {row["split"] for row in rows}) != {"test"}:
         notes.append(f"Measured on the {' and '.join(sorted(splits))} split.")
-    if changed := _seeds_with_other_images(outcomes):
-        listed = ", ".join(map(str, changed))
+    if changed := _with_other_images(outcomes):
+        listed = ", ".join(f"{titles[outcome.method]} with seed {outcome.seed}" for outcome in changed)
         notes.append(
-            f"NOT COMPARABLE: with seed {listed} the runs did not see the same images: the data changed between them."
+            f"NOT COMPARABLE: {listed} did not see the same images as the first run: the data changed between them."
         )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     return notes + [f"{titles[outcome.method]} with seed {outcome.seed} failed: {outcome.error}" for outcome in failed]
 
 
-def _seeds_with_other_images(outcomes: Sequence[Outcome]) -> list[int]:
-    """Seeds whose runs were not all trained and measured on the same images."""
-    seen: dict[int, list[Any]] = {}
-    for outcome in outcomes:
-        if outcome.status != "failed":
-            splits = read_json(outcome.run_dir / "data.json")["splits"]
-            if splits not in (known := seen.setdefault(outcome.seed, [])):
-                known.append(splits)
-    return sorted(seed for seed, known in seen.items() if len(known) > 1)
+def _with_other_images(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Runs that were not trained and measured on the images of the first: these are the same for all seeds."""
+    done = [outcome for outcome in outcomes if outcome.status != "failed"]
+    splits = [read_json(outcome.run_dir / "data.json")["splits"] for outcome in done]
+    return [outcome for outcome, seen in zip(done, splits) if seen != splits[0]]

@@ -99,6 +99,14 @@ def data_record(dataset: ImageDataset) -> dict[str, Any]:
     }
 
 
+def changed_data(run_dir: Path, dataset: ImageDataset) -> list[str]:
+    """What of the data is no longer as in the record of a run. Where they are may change, and what their folder is
+    called: the hashes of their splits say whether they are the same.
+    """
+    then, now = read_json(run_dir / "data.json"), data_record(dataset)
+    return [key for key in now if key not in ("notes", "left_out", "name") and now[key] != then.get(key)]
+
+
 def write_records(
     run_dir: Path, config: RunConfig, settings: dict[str, Any], dataset: ImageDataset, device: torch.device
 ) -> None:

@@ -23,7 +23,7 @@ from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, started_outside, threads_for, train_beside_others, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
-from otmix.training.records import data_record, read_config, read_settings, record_root, write_records
+from otmix.training.records import changed_data, read_config, read_settings, record_root, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
@@ -198,9 +198,7 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
 
 
 def check_same_run(run_dir: Path, plan: Plan) -> None:
-    """Raises UserError when the run in `run_dir` was begun with other settings or other data. Where the data are may
-    change, and what a folder of images is called: the hashes of their splits say whether they are the same.
-    """
+    """Raises UserError when the run in `run_dir` was begun with other settings or other data."""
     here = plan.config.identity_with(plan.settings)
     there = read_config(run_dir).identity_with(read_settings(run_dir))
     differences = [
@@ -213,9 +211,7 @@ def check_same_run(run_dir: Path, plan: Plan) -> None:
             f"{run_dir} holds a run with other settings ({'; '.join(differences)}); resume with the same ones, or "
             "choose another folder with --out"
         )
-    then, now = read_json(run_dir / "data.json"), data_record(plan.dataset)
-    changed = [key for key in now if key not in ("notes", "left_out", "name") and now[key] != then.get(key)]
-    if changed:
+    if changed := changed_data(run_dir, plan.dataset):
         raise UserError(
             f"the data are no longer those that {run_dir} was begun with ({', '.join(changed)} changed); restore them, "
             "or start a new run with --out"
