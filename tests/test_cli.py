@@ -386,3 +386,25 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n  {command} " in text for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"otmix {otmix.__version__}\n"
+
+
+def test_an_imported_file_hides_no_module_of_the_same_name(tmp_path: Path) -> None:
+    import statistics
+    import zlib
+
+    for name in ("statistics", "zlib", "first_of_test_cli"):
+        (tmp_path / f"{name}.py").write_text("import math\n", "utf-8")
+    (tmp_path / "second_of_test_cli.py").write_text("import first_of_test_cli\n", "utf-8")
+    files = [str(tmp_path / f"{name}.py") for name in ("statistics", "zlib", "first_of_test_cli", "second_of_test_cli")]
+    before = set(sys.modules)
+    try:
+        for _ in range(2):
+            assert main(["methods", "erm", *(word for file in files for word in ("--import", file))]) == 0
+        assert sys.modules["statistics"] is statistics
+        assert sys.modules["zlib"] is zlib
+        loaded = [getattr(module, "__file__", None) for module in sys.modules.values()]
+        assert [loaded.count(file) for file in files] == [1, 1, 1, 1]
+    finally:
+        for name in set(sys.modules) - before:
+            if getattr(sys.modules[name], "__file__", None) in files:
+                del sys.modules[name]

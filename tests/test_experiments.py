@@ -37,10 +37,12 @@ from otmix.experiments.units import (
     read_units,
     write_unit,
 )
+from otmix.extensions import import_files
 from otmix.files import write_json
+from otmix.losses import LOSSES
 from otmix.methods import parse_method
 from otmix.protocols import PROTOCOLS, Overrides
-from otmix.training.records import data_record, read_config
+from otmix.training.records import data_record, inputs, read_config
 from otmix.training.setup import effective_settings, load_data
 
 ERRORS = {
@@ -121,7 +123,7 @@ class Trainer:
             raise self.raises[key]
         self.trained.append(key)
         data = data_record(load_data(config)) if config.data == "folder" else {}
-        return finish_run(config, self.errors[key], data=data)
+        return finish_run(config, self.errors[key], data=data, environment={"inputs": inputs(config)})
 
 
 class Lines(training.Silent):
@@ -218,6 +220,54 @@ def test_runs_on_other_images_of_the_same_name_are_not_reused(
         run(tmp_path, ["erm", "cmo"], seeds=2, base=base)
     assert str(first) in str(told.value)
     assert trainer.trained == [("ce", 0)]
+
+
+OWN = """
+from otmix.losses import CrossEntropy, register_loss
+@register_loss("mine")
+class Mine(CrossEntropy): ...
+"""
+
+
+def import_again(file: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process does that is given this file."""
+    file.write_text(text)
+    monkeypatch.delitem(sys.modules, file.stem, raising=False)
+    monkeypatch.delitem(LOSSES, "mine", raising=False)
+    import_files([file])
+
+
+def test_a_run_with_another_loss_of_the_same_name_is_not_reused(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tmp_path / "my_loss_of_compare.py", tmp_path / "unrelated_of_compare.py"
+    trainer.errors = {("mine", 0): 0.3}
+    for text in (OWN, OWN):
+        import_again(file, text, monkeypatch)
+        run(tmp_path, ["mine"], seeds=1)
+    for text in ("", "x = 1"):
+        import_again(other, text, monkeypatch)
+        import_again(file, OWN, monkeypatch)
+        run(tmp_path, ["mine"], seeds=1)
+    assert trainer.trained == [("mine", 0)]
+    import_again(file, OWN + "# other\n", monkeypatch)
+    with pytest.raises(UserError, match=r"the file that defines the loss no longer holds what .* --runs"):
+        run(tmp_path, ["mine"], seeds=1)
+
+
+def test_a_run_with_other_weights_of_the_same_name_is_not_reused(tmp_path: Path, trainer: Trainer) -> None:
+    file = tmp_path / "begins.pt"
+    base = replace(BASE, weights=str(file))
+    file.write_bytes(b"one")
+    run_dir = run(tmp_path, ["erm"], seeds=1, base=base).outcomes[0].run_dir
+    assert run(tmp_path, ["erm"], seeds=1, base=base).outcomes[0].status == "reused"
+    file.write_bytes(b"two")
+    with pytest.raises(UserError, match=r"the file of --weights no longer holds what .* was trained with"):
+        run(tmp_path, ["erm"], seeds=1, base=base)
+    where = json.loads((run_dir / "environment.json").read_text())
+    del where["inputs"]  # as older runs were recorded
+    write_json(run_dir / "environment.json", where)
+    assert run(tmp_path, ["erm"], seeds=1, base=base).outcomes[0].status == "reused"
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path, trainer: Trainer) -> None:

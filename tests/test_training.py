@@ -564,6 +564,12 @@ def test_weights_a_run_began_with_are_not_asked_for_again(tmp_path: Path) -> Non
     stopped = replace(config, out=str(tmp_path / "stopped"), resume=True)
     with pytest.raises(Interrupted):
         train(stopped, StopsOnce())
+    kept = begins.read_bytes()
+    begins.write_bytes(weights(train(replace(TINY, seed=4, out=str(tmp_path / "other")))))
+    with pytest.raises(UserError, match=r"the file of --weights no longer holds what .*stopped was begun with"):
+        train(stopped)
+    begins.write_bytes(kept)
+    assert json.loads((tmp_path / "stopped" / "environment.json").read_text())["inputs"].keys() == {"weights"}
     begins.unlink()
     assert weights(train(stopped)) == weights(whole)
     with pytest.raises(UserError, match=r"begins\.safetensors"):

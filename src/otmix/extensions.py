@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from traceback import extract_tb
 
 from otmix.errors import UserError
 
-IMPORTED: list[Path] = []
-"""The files run so far, so that further processes of the same run can do the same."""
+IMPORTED: dict[Path, str] = {}
+"""The files run so far, so that further processes of the same run can do the same, and a hash of what each held."""
 
 
 def import_files(files: Sequence[Path]) -> None:
@@ -24,20 +26,45 @@ def import_files(files: Sequence[Path]) -> None:
         if not path.is_file() or path.suffix != ".py":
             raise UserError(f"--import needs a Python file, there is none at {file}")
         if any(getattr(module, "__file__", None) == str(path) for module in [*sys.modules.values()]):
+            IMPORTED.setdefault(path, hash_of(path))  # another file may have imported it
             continue
-        spec = spec_from_file_location(path.stem, path)
+        name = _module_name(path)
+        spec = spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None  # the suffix is .py
         module = module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[name] = module
         try:
+            held = hash_of(path)
             spec.loader.exec_module(module)
         except BaseException as error:
-            del sys.modules[path.stem]
+            del sys.modules[name]
             if isinstance(error, UserError) or not isinstance(error, Exception):
                 raise
             raise _failure(file, path, error) from error
-        IMPORTED.append(path)
+        IMPORTED[path] = held
+
+
+def hash_of(path: Path) -> str:
+    """Sixteen hexadecimal digits that name what a file holds."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def hash_of_definition(kind: type) -> str | None:
+    """What the imported files held that define a class and those it is derived from; None where there are none."""
+    files = (getattr(sys.modules.get(base.__module__), "__file__", None) for base in kind.__mro__)
+    held = [IMPORTED[Path(file)] for file in dict.fromkeys(files) if file is not None and Path(file) in IMPORTED]
+    return "-".join(held) or None
+
+
+def _module_name(path: Path) -> str:
+    """A file's own name, by which others can import it too, unless that would hide another module (`statistics.py`)."""
+    found = PathFinder.find_spec(path.stem)
+    elsewhere = found is not None and found.origin != str(path)
+    if path.stem in sys.modules or path.stem in sys.stdlib_module_names or elsewhere:
+        return f"otmix_import_{hashlib.blake2b(bytes(path), digest_size=4).hexdigest()}_{path.stem}"
+    return path.stem
 
 
 def _failure(file: Path, path: Path, error: Exception) -> UserError:

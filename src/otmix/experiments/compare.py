@@ -20,7 +20,7 @@ from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.files import make_folder_of, read_json
 from otmix.methods import Method, check_settings, parse_method
 from otmix.training.launch import cores
-from otmix.training.records import changed_data, read_config, read_settings, runs_folder
+from otmix.training.records import changed_data, changed_inputs, read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
 from otmix.wording import counted
@@ -145,6 +145,11 @@ def _reused(method: str, seed: int, config: RunConfig, dataset: ImageDataset | N
         raise UserError(
             f"the data in {config.root} are not those that {run_dir} was trained on ({', '.join(changed)} changed); "
             "move it away, or name another folder with --runs"
+        )
+    if files := changed_inputs(run_dir, config):
+        raise UserError(
+            f"{files} no longer holds what {run_dir} was trained with; move that run away, or name another folder "
+            "with --runs"
         )
     return Outcome(method, seed, run_dir, "reused", read_json(run_dir / "result.json"))
 

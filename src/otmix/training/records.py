@@ -18,7 +18,11 @@ import yaml
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
+from otmix.extensions import hash_of, hash_of_definition
 from otmix.files import read_json, write_json, write_text
+from otmix.losses import LOSSES
+from otmix.methods import parse_method
+from otmix.mixing import PIXEL_RULES
 
 COMMAND = "OTMIX_COMMAND"
 """Environment variable by which a comparison tells its processes the command to record."""
@@ -107,6 +111,33 @@ def changed_data(run_dir: Path, dataset: ImageDataset) -> list[str]:
     return [key for key in now if key not in ("notes", "left_out", "name") and now[key] != then.get(key)]
 
 
+INPUTS = {
+    "weights": "the file of --weights",
+    "loss": "the file that defines the loss",
+    "mixer": "the file that defines the mixer",
+}
+
+
+def inputs(config: RunConfig) -> dict[str, str]:
+    """Hashes of what decides a run besides settings and data, as far as it is in files of one's own that are there: by
+    the keys of `INPUTS`. Of imported files only those that define its method.
+    """
+    method = parse_method(config.method)
+    weights = None if config.weights is None else Path(config.weights)
+    found = {
+        "weights": None if weights is None or not weights.is_file() else hash_of(weights),
+        "loss": hash_of_definition(LOSSES[method.loss]),
+        "mixer": None if method.pixels is None else hash_of_definition(PIXEL_RULES[method.pixels]),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def changed_inputs(run_dir: Path, config: RunConfig) -> str:
+    """Which of `inputs` are others than those of a run, in words, as far as it recorded them."""
+    then = read_json(run_dir / "environment.json").get("inputs", {})
+    return " and ".join(INPUTS[key] for key, value in inputs(config).items() if then.get(key, value) != value)
+
+
 def write_records(
     run_dir: Path, config: RunConfig, settings: dict[str, Any], dataset: ImageDataset, device: torch.device
 ) -> None:
@@ -114,7 +145,7 @@ def write_records(
     begun.
     """
     write_json(run_dir / "data.json", data_record(dataset))
-    write_json(run_dir / "environment.json", environment(device))
+    write_json(run_dir / "environment.json", environment(device) | {"inputs": inputs(config)})
     write_json(run_dir / "settings.json", settings)
     _write_config(run_dir, config)
 

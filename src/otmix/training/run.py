@@ -23,7 +23,7 @@ from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, started_outside, threads_for, train_beside_others, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
-from otmix.training.records import changed_data, read_config, read_settings, record_root, write_records
+from otmix.training.records import changed_data, changed_inputs, read_config, read_settings, record_root, write_records
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
@@ -198,7 +198,7 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
 
 
 def check_same_run(run_dir: Path, plan: Plan) -> None:
-    """Raises UserError when the run in `run_dir` was begun with other settings or other data."""
+    """Raises UserError when the run in `run_dir` was begun with other settings, data or files of one's own."""
     here = plan.config.identity_with(plan.settings)
     there = read_config(run_dir).identity_with(read_settings(run_dir))
     differences = [
@@ -215,6 +215,10 @@ def check_same_run(run_dir: Path, plan: Plan) -> None:
         raise UserError(
             f"the data are no longer those that {run_dir} was begun with ({', '.join(changed)} changed); restore them, "
             "or start a new run with --out"
+        )
+    if files := changed_inputs(run_dir, plan.config):
+        raise UserError(
+            f"{files} no longer holds what {run_dir} was begun with; restore it, or start a new run with --out"
         )
 
 
