@@ -289,7 +289,10 @@ def test_a_run_with_what_was_the_default_once_is_not_taken_for_one_with_todays(
     assert trainer.trained == [("ce+cmo", 0), ("ce+cmo", 0)]
 
 
-@pytest.mark.parametrize("stop", [UserError("the disk is full"), RuntimeError("out of memory\nmore"), OSError("no")])
+@pytest.mark.parametrize(
+    "stop",
+    [UserError("the disk is full"), RuntimeError("out of memory\nmore"), OSError("no"), TypeError("an own loss")],
+)
 def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path: Path, trainer: Trainer, stop: Exception) -> None:
     trainer.raises[("ce", 1)] = stop
     found = run(tmp_path, ["erm", "cmo"])

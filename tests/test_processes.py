@@ -187,14 +187,15 @@ def test_the_log_counts_all_processes(name: str, recorded: Callable[[str], Recor
 
 
 @pytest.mark.parametrize("name", ["streamed", "official"])
-@pytest.mark.parametrize(("event", "count"), [("step", 8), ("epoch", 2), ("before metrics.jsonl", 3)])
+@pytest.mark.parametrize(("event", "count"), [("step", 8), ("epoch", 2), ("before metrics.jsonl", 3), ("epoch", 4)])
 def test_a_stop_is_agreed_on_and_resumed(
     name: str, event: str, count: int, server: Server, recorded: Callable[[str], Recorded], tmp_path: Path
 ) -> None:
     config = configuration(name, tmp_path / "run", devices=WORLD)
     outcome = server.run(config, event=event, count=count, signal=signal.SIGTERM)
     assert outcome == Outcome("Interrupted", f"stopped; the run is saved in {tmp_path / 'run'}")
-    assert (0, 0) < place(tmp_path / "run") <= (3, 0)
+    assert (0, 0) < place(tmp_path / "run") <= (4, 0)
+    assert not (tmp_path / "run" / "result.json").exists()
     assert server.run(config).kind == "done"
     assert_same(tmp_path / "run", recorded(name).run_dir)
 

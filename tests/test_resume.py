@@ -243,13 +243,19 @@ def test_asked_to_stop(
     assert_same(folder / "run", references["streamed"])
 
 
-def test_a_stop_in_the_last_epoch_still_ends_in_a_whole_run(
-    server: Server, references: dict[str, Path], folder: Path
+@pytest.mark.parametrize(
+    ("number", "event", "count"),
+    [(signal.SIGINT, "step", 20), (signal.SIGTERM, "epoch", 4), (signal.SIGINT, "inside checkpoint.pt", 4)],
+)
+def test_a_stop_in_the_last_epoch_is_one_before_the_evaluation(
+    number: int, event: str, count: int, server: Server, references: dict[str, Path], folder: Path
 ) -> None:
     config = configuration("streamed", folder / "run")
-    outcome = server.run(config, event="epoch", count=4, signal=signal.SIGTERM)
-    assert outcome.kind in ("done", "Interrupted"), outcome.text
-    assert server.run(config).kind == "done"
+    outcome = server.run(config, event=event, count=count, signal=number)
+    assert outcome.kind == "Interrupted", outcome.text
+    assert place(folder / "run") == (4, 0)
+    assert not (folder / "run" / "result.json").exists()
+    assert server.run(config) == Outcome("done", steps=0)
     assert_same(folder / "run", references["streamed"])
 
 

@@ -194,9 +194,11 @@ def _train_here(config: RunConfig, reporter: Reporter) -> str | None:
     """Train in this process; the sentence that stopped it, or None."""
     try:
         training.train(config, reporter)
+    except training.Interrupted:
+        raise
     except UserError as error:
         return str(error)
-    except (RuntimeError, OSError) as error:  # a device out of memory must not take the other runs with it
+    except Exception as error:  # a device out of memory, a mistake in one's own loss: not of the other runs
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return None
 

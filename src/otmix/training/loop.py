@@ -87,8 +87,8 @@ def checkpoint_path(run_dir: Path) -> Path:
 
 
 def fit(run: RunState) -> None:
-    """Train until the stage's epochs are over. Raises Interrupted after a stop that was asked for, UserError when the
-    loss is not finite.
+    """Train until the stage's epochs are over. Raises Interrupted after a stop that was asked for, even if nothing is
+    left of the stage but what follows it, and UserError when the loss is not finite.
     """
     with run.stop.listening():
         while run.epoch < run.stage.epochs:
@@ -163,7 +163,7 @@ def finish_epoch(run: RunState) -> None:
     run.tally.start_epoch()
     save(run)
     run.reporter.epoch(row)
-    if not last and run.stop.agreed(run.fabric):
+    if run.stop.agreed(run.fabric):  # after the last epoch too: whoever trains several runs must not begin the next
         raise Interrupted(run.run_dir)
 
 
