@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -19,6 +20,8 @@ from PIL import Image
 from scipy import stats
 
 from otmix import training
+from otmix.cli import COMMANDS
+from otmix.cli.parsing import parse
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.experiments import Comparison, ComparisonInterrupted, compare, jobs, paired_difference
@@ -704,6 +707,44 @@ def test_every_setting_that_matters_changes_the_name(tmp_path: Path) -> None:
         run_dir = finish_run(replace(BASE, out=str(tmp_path / f"run{i}"), **change), 0.25)
         paths.add(write_unit(run_dir, tmp_path / "results"))
     assert len(paths) == len(changes)
+
+
+def test_runs_from_other_weights_are_other_units(tmp_path: Path) -> None:
+    begun = [None, {"weights": "aa"}, {"weights": "bb"}, {}]
+    for i, held in enumerate(begun):
+        config = replace(BASE, method="erm", weights=None if held is None else "w.pt", out=str(tmp_path / f"run{i}"))
+        write_unit(finish_run(config, 0.25, environment={"inputs": held}), tmp_path)
+    units = read_units(tmp_path)
+    assert {unit["config"].get("weights") for unit in units} == {None, "aa", "bb", "unknown"}
+    table = results_table(units)
+    assert table.count("| ERM † |") == len(begun)
+    assert "weights bb" in table
+
+
+def test_a_unit_of_other_images_is_not_replaced(tmp_path: Path) -> None:
+    config = replace(BASE, out=str(tmp_path / "run"))
+    path = write_unit(finish_run(config, 0.25), tmp_path)
+    before = path.read_text()
+    other = finish_run(config, 0.3, SPLITS | {"train": {"images": 120, "sha256": "cc"}})
+    with pytest.raises(UserError, match=r"holds a run on other images .* --data-title, or remove the file"):
+        write_unit(other, tmp_path)
+    assert path.read_text() == before
+    assert write_unit(other, tmp_path, data_title="Other digits") != path
+
+
+def test_the_command_of_a_unit_makes_the_run_again_under_todays_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = replace(BASE, method="focal+otmix", set=Overrides(alpha=1.0, parts={"loss.gamma": 2.0}))
+    run_dir = finish_run(replace(then, out=str(tmp_path / "then")), 0.25)
+    clean = replace(PROTOCOLS["clean"], foreground_r=0.25, keep_diagonal=not PROTOCOLS["clean"].keep_diagonal)
+    monkeypatch.setitem(PROTOCOLS, "clean", clean)
+    unit = json.loads(write_unit(run_dir, tmp_path).read_text())
+    words = shlex.split(unit["command"])
+    assert words[:2] == ["otmix", "train"]
+    config = parse("train", COMMANDS["train"], words[2:]).named["config"]
+    assert effective_settings(config) == unit["settings"]
+    assert unit["config"]["set"] == {"alpha": 1.0, "loss.gamma": 2.0}, "what was changed then"
 
 
 def test_a_jpeg_copy_of_cifar10_is_marked(tmp_path: Path) -> None:

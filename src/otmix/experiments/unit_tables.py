@@ -26,6 +26,7 @@ _RECIPE = (
     "warmup",
     "precision",
     "pretrained",
+    "weights",
     "max_per_class",
     "compile",
     "devices",

@@ -25,14 +25,16 @@ from otmix.errors import UserError
 from otmix.experiments.unit_picture import results_picture
 from otmix.experiments.unit_tables import results_table
 from otmix.files import read_json, write_text
+from otmix.protocols import Overrides
 from otmix.reports.figures import save
 from otmix.training import is_finished
 from otmix.training.records import read_config, read_settings
+from otmix.training.setup import effective_settings
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 BEGIN_DEFAULTS = "<!-- results:begin defaults -->"
 _CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
-_PATHS = ("root", "weights")  # of the machine that trained; what they held is in the data's hash
+_PATHS = ("root", "weights")  # of the machine that trained; what they held is in hashes
 _KEPT = (
     "n",
     "top1_error",
@@ -49,7 +51,7 @@ def write_unit(run_dir: Path, results_dir: Path, *, data_title: str | None = Non
     path. The hash is that of the method's settings.
 
     The name depends on nothing but what was run, so the unit of a repeated run replaces the old one. `data_title` is
-    how tables call the data. Raises UserError where the run is not finished.
+    how tables call the data. Raises UserError where the run is not finished, or would replace one on other images.
     """
     unit = unit_of(run_dir, data_title)
     config = unit["config"]
@@ -57,6 +59,12 @@ def write_unit(run_dir: Path, results_dir: Path, *, data_title: str | None = Non
     setting = "-".join([*parts, f"{config['epochs']}ep", config["protocol"], unit["setting_hash"]])
     folder = results_dir / "units" / _slug(unit["data"]["title"]) / _slug(setting)
     path = folder / f"{_slug(unit['method'])}-{_digest(unit['settings'], 6)}-seed{unit['seed']}.json"
+    there, here = read_json(path)["data"]["hash"] if path.exists() else None, unit["data"]["hash"]
+    if there not in (None, here):
+        raise UserError(
+            f"{path} holds a run on other images than {run_dir} (data {there} there, {here} here); give its data "
+            "another title with --data-title, or remove the file"
+        )
     text = json.dumps(unit, indent=1, ensure_ascii=False)
     text = re.sub(
         r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text
@@ -81,6 +89,8 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         settings["confusion_run"] = Path(teacher).name
         config = replace(config, set=replace(config.set, confusion_run=Path(teacher).name))
     identity = {key: value for key, value in config.identity.items() if key not in _PATHS}
+    if config.weights is not None:
+        identity["weights"] = environment.get("inputs", {}).get("weights", "unknown")
     setting = {key: value for key, value in identity.items() if key not in ("method", "seed", "set")}
     return {
         "method": result["method"],
@@ -88,7 +98,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         "seed": result["seed"],
         "split": result["split"],
         "looks_at_test": result["looks_at_test"],
-        "command": _command(config),
+        "command": _command(config, settings),
         "config": identity,
         "settings": settings,
         "config_hash": result["hash"],
@@ -180,8 +190,11 @@ def _data_title(config: RunConfig, data: dict[str, Any]) -> str:
     return "CIFAR-10 (JPEG copy)" if copied else str(data["name"])
 
 
-def _command(config: RunConfig) -> str:
-    """What makes this run again; DIR and FILE stand for places on a disk."""
+def _command(config: RunConfig, settings: dict[str, Any]) -> str:
+    """What makes this run again under today's defaults; DIR and FILE stand for places on a disk."""
+    today = effective_settings(config)
+    past = {key: value for key, value in settings.items() if value != today.get(key, value)}
+    config = replace(config, set=Overrides.from_dict(config.set.to_dict() | past))
     defaults, places = RunConfig().identity, {"root": "DIR", "weights": "FILE"}
     parts = ["otmix", "train"]
     for key, value in config.identity.items():
