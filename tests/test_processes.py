@@ -520,3 +520,13 @@ def test_runs_of_one_process_may_be_the_tasks_of_slurm(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, value)
     assert not started_outside(RunConfig())
     assert started_outside(RunConfig(devices=WORLD))
+
+
+def test_processes_start_where_there_is_no_resource_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, where its module cannot be imported."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "multiprocessing.resource_tracker", None)
+    started: list[object] = []
+    monkeypatch.setattr("torch.multiprocessing.start_processes", lambda *given, join: started.append(given))
+    launch._start(2, ("work",))
+    assert started == [(launch._in_one_process, ("work",), 2)]

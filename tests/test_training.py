@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -30,7 +31,7 @@ from otmix.pairing import Curriculum, PairingContext
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream
-from otmix.training import Interrupted, Silent, open_run, train
+from otmix.training import Interrupted, Silent, open_run, records, train
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
 from otmix.training.evaluate import predict_items
@@ -513,6 +514,29 @@ def test_the_recorded_command_can_be_typed_again(
     monkeypatch.setattr("sys.argv", typed)
     monkeypatch.setenv("OTMIX_COMMAND", given)
     assert command() == recorded
+
+
+def test_the_commit_says_whether_anything_of_the_package_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "package" / "training" / "records.py"
+    for path in (file, tmp_path / "package" / "losses" / "one.py", tmp_path / "README.md"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("first")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(records, "__file__", str(file))
+    (tmp_path / "README.md").write_text("second")
+    commit = records.source_commit()
+    assert commit is not None
+    assert len(commit) == 12
+    new = tmp_path / "package" / "losses" / "two.py"
+    new.write_text("second")
+    assert records.source_commit() == f"{commit}+"
+    new.unlink()
+    (tmp_path / "package" / "losses" / "one.py").write_text("second")
+    assert records.source_commit() == f"{commit}+"
 
 
 @pytest.mark.usefixtures("no_pictures")

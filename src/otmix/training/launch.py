@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -212,11 +213,12 @@ def _port(fabric: Fabric) -> int:
 
 def _start(processes: int, arguments: tuple[object, ...]) -> ProcessContext:
     """Start processes that do `_in_one_process` with these arguments after their rank."""
-    from multiprocessing.resource_tracker import ensure_running
-
     from torch import multiprocessing
 
-    ensure_running()  # otherwise it is started below, and lifts the block
+    if sys.platform != "win32":  # where there is none
+        from multiprocessing.resource_tracker import ensure_running
+
+        ensure_running()  # otherwise it is started below, and lifts the block
     _heed_keyboard(False)  # nor do they until they allow it: an import has no sentence for Ctrl-C
     try:
         start: Callable[..., ProcessContext] = multiprocessing.start_processes  # type: ignore[attr-defined]  # unlisted

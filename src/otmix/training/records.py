@@ -65,25 +65,22 @@ def source_commit() -> str | None:
     """The commit of the source tree this package runs from, "+" appended where it has changes; None for an installed
     package.
     """
-    folder = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     try:
         known = (
             subprocess.run(
-                ["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=False
+                ["git", "ls-files", "--error-unmatch", __file__], cwd=package, capture_output=True, check=False
             ).returncode
             == 0
         )
         if not known:
             return None
         commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=package, capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = (
-            subprocess.run(
-                ["git", "diff", "--quiet", "HEAD", "--", "."], cwd=folder, capture_output=True, check=False
-            ).returncode
-            != 0
-        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], cwd=package, capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed else "")
