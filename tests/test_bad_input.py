@@ -609,9 +609,27 @@ def test_a_read_only_file_system_is_one_sentence(
         write_text(tmp_path / "p.csv", "x")
 
 
+def test_what_is_no_regular_file_is_written_into(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "elsewhere" / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    file.parent.mkdir()
+    link.symlink_to(file)
+    for text in ("new", "newer"):
+        write_text(link, text)
+        assert (link.is_symlink(), file.read_text()) == (True, text)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "file", "link", "pipe"]
+
+
 def test_a_run_of_an_own_loss_asks_for_its_file(tmp_path: Path) -> None:
     run = train(RunConfig.from_dict({**BASE, "method": "erm", "set": {}, "epochs": 1, "out": str(tmp_path / "run")}))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("method: ce", "method: mine"))
     with pytest.raises(UserError, match="--import FILE"):
         open_run(run)
+    with pytest.raises(UserError, match=r"no method named 'mine'; .* --import FILE, the file that defines it"):
+        train(RunConfig(method="mine", out=str(run), resume=True))

@@ -16,10 +16,20 @@ from otmix.errors import UserError
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
 
-    Killed at any moment, `path` is the old file or the new one. Raises UserError when the disk is full or the folder
-    cannot be written; the old file stays.
+    Killed at any moment, `path` is the old file or the new one. Of a symbolic link the file is meant that it leads to;
+    what is no regular file, such as /dev/null or a pipe, is written into. Raises UserError when the disk is full or the
+    folder cannot be written; the old file stays.
     """
     make_folder_of(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        try:
+            with path.open("wb") as stream:
+                write(stream)
+        except OSError as error:
+            raise _unwritten(path, error) from error
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:

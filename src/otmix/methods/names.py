@@ -113,7 +113,10 @@ def _unknown(name: str) -> UserError:
     hint = (
         f"did you mean {' or '.join(close)}?" if close else "a name is [ride-|bbn-]loss[-drw|-drs|-cbs|-srs][+mixer]."
     )
-    return UserError(f"there is no method named {name!r}; {hint} `otmix methods` lists them all")
+    return UserError(
+        f"there is no method named {name!r}; {hint} `otmix methods` lists them all; for one of your own add "
+        "--import FILE, the file that defines it"
+    )
 
 
 def protocol_differences(name: ProtocolName) -> dict[str, tuple[object, object]]:
