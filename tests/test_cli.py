@@ -408,3 +408,14 @@ def test_an_imported_file_hides_no_module_of_the_same_name(tmp_path: Path) -> No
         for name in set(sys.modules) - before:
             if getattr(sys.modules[name], "__file__", None) in files:
                 del sys.modules[name]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["erm", "--root=~/photos", "--runs=~/runs", "--weights=~nobody-of-this-name/w.pt", "--import=~/a.py"]
+    call = parse("compare", COMMANDS["compare"], argv)
+    assert call.named["config"].root == "/home/me/photos"
+    assert call.named["config"].weights == "~nobody-of-this-name/w.pt"
+    assert call.named["runs"] == Path("/home/me/runs")
+    assert call.named["imports"] == [Path("/home/me/a.py")]
+    assert parse("train", COMMANDS["train"], ["--out=~/run"]).named["config"].out == "/home/me/run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 import signal
 import sys
@@ -225,6 +226,36 @@ def test_own_loss_by_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         LOSSES.pop("mine", None)
         sys.modules.pop(file.stem, None)
+
+
+def test_a_run_is_looked_for_where_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTMIX_RUNS", str(tmp_path / "runs"))
+    argv = ["train", "--resume", "--method", "focal", "--set.loss.gamma", "2", "--epochs", "1", "--max-per-class", "20"]
+    assert main(argv) == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert f"{run_dir} holds no run to go on with" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert "holds no run" not in capsys.readouterr().err
+
+
+def test_preview_of_a_mixer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of CONTRIBUTING.md, one of which draws one number for all images."""
+    from otmix.losses import LOSSES
+    from otmix.mixing import PIXEL_RULES
+
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
+    argv = ["preview", "--method", "prior-shift+beside", "--out", str(tmp_path / "mixes.png")]
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)[:2]):
+        (tmp_path / f"own_{i}_of_test_cli.py").write_text(code, "utf-8")
+        argv += ["--import", str(tmp_path / f"own_{i}_of_test_cli.py")]
+    try:
+        assert main(argv) == 0
+    finally:
+        LOSSES.pop("prior-shift", None)
+        PIXEL_RULES.pop("beside", None)
+    assert (tmp_path / "mixes.png").stat().st_size > 1000
 
 
 # --- listings

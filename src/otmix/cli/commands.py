@@ -9,13 +9,14 @@ import io
 import json as json_module
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, TextIO
 
 from otmix.cli.arguments import GROUPS, Only
 from otmix.config import RunConfig
 from otmix.extensions import import_files
-from otmix.methods import check_settings
+from otmix.methods import check_settings, parse_method
 from otmix.wording import counted
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
@@ -43,6 +44,8 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
     from otmix.training import train as train_run
     from otmix.training.runs import has_begun
 
+    # the folder's name is made of what the texts stand for, as training makes it
+    config = replace(config, set=parse_method(config.method).converted(config.set))
     if config.resume and not has_begun(run_dir_of(config)):
         sys.stderr.write(f"otmix: {run_dir_of(config)} holds no run to go on with, so one begins there\n")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,8 @@ from otmix.protocols import Overrides, Protocol
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
 GROUP_OF_SET = "method"
+PLACES = ("root", "out", "weights")
+"""Flags that name a file or folder though their type is a text."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], 
             value = value if equals else next(rest, "")
             if not value or (value.startswith("--") and not equals):
                 raise UserError(f"{option} needs a value")
+            if argument is None or argument.bare is Path or argument.key in PLACES:
+                value = os.path.expanduser(value)  # noqa: PTH111 (leaves ~nobody alone): no shell does in --out=~/x
             if argument is None:
                 typed.files.append(Path(value))
             elif argument.repeated:

@@ -98,11 +98,10 @@ def draw(previewed: Previewed) -> Figure:
     shown = slice(0, COLUMNS)
     rows, mixer = {}, stage.mixer.mixer
     height, width = background.images.shape[-2:]
-    drawn = mixer.draw(COLUMNS, height, width, moment.generator("mix"))
     for name, pairing in (("random", IndexPairing()), ("transport", stage.mixer.pairing.then)):
         pairs = pairing(foreground.items, background.items, look, context)
         above, below = foreground[pairs.foreground][shown], background[pairs.background][shown]
-        drawn = drawn[: len(above)]
+        drawn = mixer.draw(len(above), height, width, moment.generator("mix"))  # the same for both
         mixed = mixer.apply(below, above, drawn)
         rows[name] = (below, mixed)
     boxes = drawn.expand(len(above), 4) if isinstance(mixer, CutMix) else None
