@@ -206,6 +206,15 @@ def test_other_folders_of_images_are_other_runs(tmp_path: Path, trainer: Trainer
     assert trainer.trained == [("ce", 0), ("ce", 0)]
 
 
+def test_a_folder_may_be_spelt_otherwise(tmp_path: Path) -> None:
+    found = {}
+    for root in ("photos", "photos/", "./photos"):
+        found[root] = _config(replace(BASE, data="folder", root=root, out=None), parse_method("erm"), 0, tmp_path)
+    assert len({config.out for config in found.values()}) == 1
+    plain = replace(BASE, data="folder", root="photos", method="ce")
+    assert found["photos"].hash == plain.hash
+
+
 def test_runs_on_other_images_of_the_same_name_are_not_reused(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +525,9 @@ if seed == 2:
     sys.exit(2)
 if seed == 3:
     raise ZeroDivisionError("oops")
+if seed == 8:
+    out.with_name(out.name + ".log").unlink()
+    sys.exit(1)
 if seed == 4:
     os.kill(os.getpid(), signal.SIGKILL)
 (out / "threads").write_text(os.environ["OMP_NUM_THREADS"])
@@ -545,6 +557,7 @@ def test_processes_share_the_cores_and_end_well_or_with_a_sentence(
     children: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ended: dict[int, str | None] = {}
     asked = configs(children, 1, 2, 3, 4, 5)
     train_in_processes(asked, 2, lambda config, error: ended.update({config.seed: error}), imports=["my_loss.py"])
@@ -560,6 +573,20 @@ def test_processes_share_the_cores_and_end_well_or_with_a_sentence(
     assert (children / "run5" / "loaded").read_text() == "my_loss.py"
     assert sorted(path.name for path in children.glob("*.log")) == ["run3.log", "run4.log"]
     assert "Traceback" in (children / "run3.log").read_text()
+
+
+def test_a_process_has_no_more_threads_than_the_user_wants(children: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "cores", lambda: 8)
+    for seed, (wanted, threads) in enumerate([("3", "3"), ("9", "4"), ("many", "4")], start=10):
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+        train_in_processes(configs(children, seed), 2, lambda config, error: None)
+        assert (children / f"run{seed}" / "threads").read_text() == threads
+
+
+def test_a_log_may_be_gone(children: Path) -> None:
+    ended: dict[int, str | None] = {}
+    train_in_processes(configs(children, 8), 1, lambda config, error: ended.update({config.seed: error}))
+    assert str(ended[8]).startswith("its log is gone (exit code 1; see ")
 
 
 def test_no_more_than_asked_run_at_once(children: Path, monkeypatch: pytest.MonkeyPatch) -> None:

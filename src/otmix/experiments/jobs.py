@@ -82,11 +82,9 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
     run_dir = Path(config.out)
     config_file = folder / f"{run_dir.name}.yaml"
     write_config(replace(config, resume=True), config_file)
-    threads = str(max(1, cores() // at_once))
     # a wide terminal keeps an error on one line
     environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        **{name: str(_threads(name, at_once)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
         "COLUMNS": "2000",
         "NO_COLOR": "1",
         COMMAND: recorded_command(),
@@ -104,15 +102,23 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
     return _Child(config, process, log)
 
 
+def _threads(variable: str, at_once: int) -> int:
+    """A process's share of the cores, or what the user wants in `variable` if that is less."""
+    share, wanted = max(1, cores() // at_once), os.environ.get(variable, "")
+    return min(share, int(wanted)) if wanted.isdecimal() and int(wanted) else share
+
+
 def _error(child: _Child) -> str | None:
     """Why a process that has ended failed: the last line on its stderr; None for success. Only a crash leaves a log."""
     code = child.process.returncode
     if code == 0:
         child.log.unlink(missing_ok=True)
         return None
-    lines = [
-        line.strip() for line in child.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    ]
+    try:
+        text = child.log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # somebody has tidied up
+        text = "its log is gone"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[-1].removeprefix("otmix: ") if lines else "it said nothing"
     if code == 2:
         child.log.unlink(missing_ok=True)
