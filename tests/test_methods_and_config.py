@@ -182,6 +182,24 @@ def test_settings_that_others_make_idle_are_refused(settings: Overrides, because
 
 
 @pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("RIDE (3 experts)", "ride"),
+        ("RIDE (3 experts) + OTmix", "ride+otmix"),
+        ("RIDE (3 experts) + CMO", "ride+cmo"),
+        ("ResNet-32 (baseline)", "erm"),
+    ],
+)
+def test_rows_of_the_papers_tables_are_names(title: str, name: str) -> None:
+    assert parse_method(title) == parse_method(name)
+
+
+def test_other_numbers_of_experts_are_a_setting() -> None:
+    with pytest.raises(UserError, match=r"give ride\+otmix and --set.model.experts 4"):
+        parse_method("RIDE (4 experts) + OTmix")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("metric", "euclidian"),

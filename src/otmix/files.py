@@ -21,8 +21,6 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     folder cannot be written; the old file stays.
     """
     make_folder_of(path)
-    if path.is_symlink():
-        path = path.resolve()
     if path.exists() and not (path.is_file() or path.is_dir()):
         try:
             with path.open("wb") as stream:
@@ -30,6 +28,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         except OSError as error:
             raise _unwritten(path, error) from error
         return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
