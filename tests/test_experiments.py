@@ -244,8 +244,9 @@ class Mine(CrossEntropy): ...
 def import_again(file: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process does that is given this file."""
     file.write_text(text)
-    monkeypatch.delitem(sys.modules, file.stem, raising=False)
-    monkeypatch.delitem(LOSSES, "mine", raising=False)
+    for table, key in ((sys.modules, file.stem), (LOSSES, "mine")):  # as they were, afterwards
+        monkeypatch.setitem(table, key, None)  # type: ignore[arg-type]
+        monkeypatch.delitem(table, key)  # type: ignore[arg-type]
     import_files([file])
 
 

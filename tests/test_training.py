@@ -144,7 +144,7 @@ def test_what_each_step_gets_and_makes_of_it(reduction: Any, tmp_path: Path) -> 
             w = [1.0 if weight is None else float(weight[label]) for label in labels]
             each = [w[i] * shares[i] * float(losses[i, labels[i]]) for i in range(n)]
             expected += sum(each) / (sum(w) if reduction == "weighted-mean" else n)
-        assert float(parts.loss) == pytest.approx(expected, rel=1e-5)
+        assert float(parts.loss.detach()) == pytest.approx(expected, rel=1e-5)
         assert items.foreground is not None
         for batch in (items.background, items.foreground):
             plain = run.store.fetch(batch.items, None).images
