@@ -152,8 +152,11 @@ def test_a_folder_is_never_thinned_unless_asked(tmp_path: Path) -> None:
     assert load(tmp_path, max_per_class=6).counts.counts.tolist() == [4, 6]
     assert load(tmp_path, imbalance=1).counts.counts.tolist() == [4, 4]
     thinned = load(tmp_path, imbalance=4)
-    assert thinned.counts.counts.tolist() == [4, 1]
-    assert any("imbalance 4" in note and "4 … 1 images a class, 5 of 16" in note for note in thinned.notes)
+    assert thinned.counts.counts.tolist() == [3, 12]  # the largest class first, whatever the alphabet says
+    assert any("imbalance 4, the largest" in note and "12 … 3 images a class, 15" in note for note in thinned.notes)
+    impossible = load(tmp_path, imbalance=500)
+    assert impossible.counts.counts.tolist() == [1, 12]
+    assert any("imbalance 12 (500 is not to be had with so few images)" in note for note in impossible.notes)
     assert thinned.test is not None
     assert len(thinned.test) == 2
 
@@ -165,7 +168,7 @@ def test_validation_out_of_training_when_asked(tmp_path: Path) -> None:
     assert torch.bincount(data.validation.labels).tolist() == [2, 1]
     assert data.counts.counts.tolist() == [7, 2]
     assert not set(names(data.train)) & set(names(data.validation))
-    assert any("2 training images of each class" in note and "1 classes too small" in note for note in data.notes)
+    assert any("2 training images of each class" in note and "1 class too small" in note for note in data.notes)
 
 
 def test_image_size_follows_the_images(tmp_path: Path) -> None:

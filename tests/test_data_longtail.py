@@ -91,6 +91,16 @@ def test_first_images_of_the_cifar10_subset_stay_put() -> None:
     assert (second[:8] - 5000).tolist() == [597, 332, 521, 3935, 4800, 1102, 4304, 1826]
 
 
+def test_a_long_tail_by_size_keeps_the_most_of_a_folder() -> None:
+    sizes = [2, 96, 10, 48, 24]
+    labels = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])
+    train, _ = choose_subset(labels, 5, imbalance=48, by_size=True)
+    counts = torch.bincount(labels[train], minlength=5).tolist()
+    assert [counts[k] for k in (1, 3, 4, 2, 0)] == long_tail_counts(counts[1], 48, 5)
+    assert counts[1] > 60
+    assert all(n <= have for n, have in zip(counts, sizes, strict=True))
+
+
 def test_global_numpy_state_is_left_alone() -> None:
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
     choose_subset(torch.tensor([0, 0, 1, 1]), 2, imbalance=2)

@@ -18,6 +18,7 @@ from otmix.data.sources import ArraySource, FileSource, ImageSource, RawData, av
 from otmix.errors import UserError
 from otmix.models.timm_backbone import PREFIX, takes_images, timm_data_config
 from otmix.types import ClassCounts
+from otmix.wording import counted
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder"]
 DEFAULT_IMBALANCE: dict[str, float | None] = {"digits": 20.0, "cifar10": 100.0, "cifar100": 100.0, "folder": None}
@@ -245,18 +246,25 @@ def _with_subset(
     if imbalance is None and max_per_class is None and not validation_per_class:
         return raw
     chosen, held = choose_subset(
-        raw.train.labels, len(raw.class_names), imbalance, max_per_class, validation_per_class, seed
+        raw.train.labels,
+        len(raw.class_names),
+        imbalance,
+        max_per_class,
+        validation_per_class,
+        seed,
+        by_size=data == "folder",  # its classes stand in no order but the alphabet's
     )
     train = raw.train.select(chosen)
     counts = torch.bincount(train.labels, minlength=len(raw.class_names))
     notes = list(raw.notes)
     span = f"{int(counts.max()):,} … {int(counts.min()):,} images a class, {len(train):,} of {len(raw.train):,} in all"
     if imbalance is not None:
-        shape = (
-            "balanced"
-            if imbalance == 1
-            else f"thinned to a long tail, imbalance {imbalance:g}, in the order of the classes"
-        )
+        reached = int(counts.max()) / int(counts.min())
+        ratio = f"imbalance {imbalance:g}"
+        if abs(reached - imbalance) > 0.1 * imbalance:
+            ratio = f"imbalance {reached:.4g} ({imbalance:g} is not to be had with so few images)"
+        first = "the largest classes first" if data == "folder" else "in the order of the classes"
+        shape = "balanced" if imbalance == 1 else f"thinned to a long tail, {ratio}, {first}"
         notes.append(f"The training split is {shape}: {span}.")
     elif max_per_class is not None:
         notes.append(f"The training split keeps at most {max_per_class:,} images a class: {span}.")
@@ -264,10 +272,12 @@ def _with_subset(
         return replace(raw, train=train, notes=tuple(notes))
     validation = raw.train.select(held)
     taken = torch.bincount(validation.labels, minlength=len(raw.class_names))
-    note = f"The validation split is {validation_per_class:,} training images of each class that training does not use"
+    each = counted(validation_per_class, "training image")
+    note = f"The validation split is {each} of each class that training does not use"
     if short := int((taken < validation_per_class).sum()):
         note += (
-            f", except in {short} classes too small for that, which give half of theirs (at least {int(taken.min())})"
+            f", except in {counted(short, 'class')} too small for that, which give half of theirs (at least "
+            f"{int(taken.min())})"
         )
     return replace(raw, train=train, validation=validation, notes=(*notes, f"{note}."))
 

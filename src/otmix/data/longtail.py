@@ -57,12 +57,15 @@ def choose_subset(
     max_per_class: int | None = None,
     validation_per_class: int = 0,
     seed: int = 0,
+    *,
+    by_size: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Places for training, and for validation where asked: each class's first n_k and last `validation_per_class` in
     the shuffled order, class after class. The two never overlap.
 
-    n_k follows `long_tail_counts` from the largest n_max (at most `max_per_class`) that every class can fill; without
-    an imbalance it is min(images, max_per_class). Validation takes at most half of a class, so no class is left empty.
+    n_k follows `long_tail_counts` from the largest n_max (at most `max_per_class`) that every class can fill, in the
+    order of the labels, or with `by_size` from the largest class to the smallest; without an imbalance it is
+    min(images, max_per_class). Validation takes at most half of a class, so no class is left empty.
     """
     if max_per_class is not None and max_per_class < 1:
         raise UserError(f"--max-per-class {max_per_class} is too few; give 1 or more")
@@ -74,8 +77,10 @@ def choose_subset(
     if imbalance is None:
         counts = available.tolist() if max_per_class is None else available.clamp(max=max_per_class).tolist()
     else:
-        head = largest_head(available, imbalance)
-        counts = long_tail_counts(head if max_per_class is None else min(head, max_per_class), imbalance, num_classes)
+        order = available.argsort(descending=True, stable=True) if by_size else torch.arange(num_classes)
+        head = largest_head(available[order], imbalance)
+        profile = long_tail_counts(head if max_per_class is None else min(head, max_per_class), imbalance, num_classes)
+        counts = torch.empty_like(order).scatter_(0, order, torch.tensor(profile)).tolist()
     train = torch.cat([places[:n] for places, n in zip(classes, counts)])
     if not validation_per_class:
         return train, None
