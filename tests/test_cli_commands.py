@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -105,6 +106,52 @@ def test_predict_to_the_terminal_and_to_a_file(
     assert out.read_text("utf-8") == printed
     assert main(["predict", str(run), str(pictures), "--format", "jsonl", "--out", str(out)]) == 0
     assert [json.loads(line)["class"] for line in out.read_text("utf-8").splitlines()] == [row["class"] for row in rows]
+
+
+def test_out_never_replaces_a_picture(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = pictures / "0.png"
+    before = picture.read_bytes()
+    assert main(["predict", str(run), str(picture), "--out", str(picture)]) == 2
+    assert "name a .csv or .jsonl file" in capsys.readouterr().err
+    root = tmp_path / "photos"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            (root / name / f"{i}.png").write_bytes(before)
+    assert main(["preview", "--data", "folder", "--root", str(root), "--out", str(root / "a" / "0.png")]) == 2
+    assert "is one of the pictures in" in capsys.readouterr().err
+    assert main(["preview", "--out", str(tmp_path / "p.jpg")]) == 2
+    assert "name a file that ends in .png" in capsys.readouterr().err
+    assert main(["predict", str(run), str(picture), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"{tmp_path} is a folder; name a file with --out\n")
+    assert (picture.read_bytes(), (root / "a" / "0.png").read_bytes()) == (before, before)
+
+
+def test_the_ending_of_out_is_its_format(run: Path, pictures: Path, tmp_path: Path) -> None:
+    assert main(["predict", str(run), str(pictures), "--out", str(tmp_path / "found.jsonl")]) == 0
+    assert len([json.loads(line) for line in (tmp_path / "found.jsonl").read_text("utf-8").splitlines()]) == 3
+
+
+def test_resuming_nothing_trains_no_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "--out", str(tmp_path / "typo")]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "otmix", "methods", "otmix"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the disk is full" in done.stderr
 
 
 def test_predict_writes_all_or_nothing(run: Path, pictures: Path, tmp_path: Path) -> None:

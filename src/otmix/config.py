@@ -140,6 +140,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, it is {self.seed}")
         if self.few_below > self.many_above + 1:
             raise UserError(
                 f"--few-below {self.few_below} and --many-above {self.many_above} overlap: a class would be both many- "

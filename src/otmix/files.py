@@ -62,6 +62,8 @@ def make_folder_of(path: Path, flag: str = "--out") -> None:
 
 def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -> UserError:
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EISDIR:
+            return UserError(f"{path} is a folder; name a file with {flag}")
         # "File exists" is what mkdir says of a file in the place of a folder
         reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
         return UserError(f"cannot write {path}: {reason}; choose another folder with {flag}")

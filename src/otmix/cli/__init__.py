@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import sys
@@ -49,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         # whoever read our output has seen enough; nothing may be written to it when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write("otmix: the disk is full, so what was to be printed is lost; free some space\n")
+        return BAD_INPUT
 
 
 def _run(argv: list[str]) -> int:

@@ -123,6 +123,8 @@ class Argument:
 
     @property
     def metavar(self) -> str:
+        if self.key == "out" and self.bare is Path:  # of train a folder
+            return "FILE"
         return _METAVARS.get(self.key) or "|".join(map(str, self.choices)) or _OF_TYPE.get(self.bare, self.key).upper()
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, BinaryIO, Literal, TextIO
 
 from otmix.cli.arguments import GROUPS, Only
 from otmix.config import RunConfig
+from otmix.errors import UserError
 from otmix.extensions import import_files
 from otmix.methods import check_settings, parse_method
 from otmix.wording import counted
@@ -47,6 +48,11 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
     # the folder's name is made of what the texts stand for, as training makes it
     config = replace(config, set=parse_method(config.method).converted(config.set))
     if config.resume and not has_begun(run_dir_of(config)):
+        if config.out and not (run_dir_of(config) / "config.yaml").exists() and config.identity == RunConfig().identity:
+            raise UserError(
+                f"there is no run in {config.out} to go on with, and nothing is said of what to train; name the folder "
+                "of a run that has begun with --out, or leave out --resume to train on the digits"
+            )
         sys.stderr.write(f"otmix: {run_dir_of(config)} holds no run to go on with, so one begins there\n")
     try:
         train_run(config, make_reporter())
@@ -164,7 +170,7 @@ def predict(
     paths: list[Path],
     /,
     *,
-    format: Literal["csv", "jsonl"] = "csv",
+    format: Literal["csv", "jsonl"] | None = None,
     top: int = 5,
     out: Path | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
@@ -177,7 +183,7 @@ def predict(
     Args:
         run: the run's directory.
         paths: images, or folders of images at any depth.
-        format: one line for each image, as csv or as jsonl.
+        format: one line for each image, as csv or as jsonl (default: as the ending of `out` says, else csv).
         top: how many of the most probable classes to list.
         out: file to write (default: the terminal).
         on_bad_image: stop at a broken image, or skip it and list it on stderr.
@@ -187,13 +193,18 @@ def predict(
 
     Examples:
         otmix predict runs/a photo.jpg
-        otmix predict runs/a photos/new --format jsonl --out predictions.jsonl
+        otmix predict runs/a photos/new --out predictions.jsonl
     """
     import_files(imports)
+    from otmix.data import IMAGE_ENDINGS
     from otmix.display import reporter_on_stderr
     from otmix.files import write_atomic
     from otmix.inference import predict_paths, write_csv, write_jsonl
 
+    if out is not None and out.suffix.lower() in IMAGE_ENDINGS:
+        raise UserError(f"--out {out} is the name of a picture, and predictions are text; name a .csv or .jsonl file")
+    if format is None:
+        format = "jsonl" if out is not None and out.suffix.lower() in (".jsonl", ".ndjson") else "csv"
     written = 0
     with reporter_on_stderr() as reporter:
         # on a terminal the lines themselves show how far it is

@@ -53,6 +53,11 @@ def preview(
     from otmix.reports.figures import save
     from otmix.training.setup import load_data
 
+    if out.suffix.lower() not in ("", ".png"):
+        raise UserError(f"the picture is a PNG, which --out {out} does not say; name a file that ends in .png")
+    root = None if config.root is None else Path(config.root).resolve()
+    if root is not None and root in out.resolve().parents and out.exists():
+        raise UserError(f"--out {out} is one of the pictures in {config.root}; name another file")
     with reporter_on_stderr() as reporter:
         dataset = load_data(config, reporter.loading)
     model = from_run(config, run, dataset) if run else untrained_or_pretrained(config, dataset)

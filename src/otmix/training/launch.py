@@ -85,7 +85,13 @@ def started_outside(config: RunConfig) -> bool:
                 f"under SLURM {asked} needs --nodes={config.num_nodes} --ntasks-per-node={config.devices}, given to "
                 "sbatch or srun"
             )
-    return processes > 1 and (torchrun or slurm or config.num_nodes > 1)
+    by_hand = config.num_nodes > 1 and not torchrun and not slurm
+    if by_hand and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"--num-nodes {config.num_nodes} without torchrun or SLURM needs MASTER_ADDR and MASTER_PORT (where the "
+            "first machine can be reached) and NODE_RANK (0, 1, …) in the environment of each machine; set them"
+        )
+    return processes > 1 and (torchrun or slurm or by_hand)
 
 
 def make_fabric(config: RunConfig) -> Fabric:
