@@ -223,6 +223,22 @@ def test_one_of_a_thing_has_no_plural(stream: io.StringIO) -> None:
     ]
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_on_a_narrow_terminal_the_numbers_are_whole(width: int, stream: io.StringIO) -> None:
+    time = Time()
+    reporter = LiveReporter(Console(file=stream, width=width, force_terminal=True, legacy_windows=False), time)
+    reporter.start(info(epochs=240))
+    time.seconds += 10
+    reporter.epoch(row(99))
+    time.seconds += 1
+    reporter.step(progress(100, 25, epochs=240))
+    reporter.close()
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    for part in ("epochs", "25/50 steps", "loss 0.750", *(("error 37.5 %", "999/s  OT 30 %") if width >= 80 else ())):
+        assert part in said
+    assert "…" not in said or width < 80
+
+
 def test_resumed_run_says_so(stream: io.StringIO) -> None:
     lines(stream).start(info(resumed=7))
     assert "resumed in epoch 8" in stream.getvalue()

@@ -246,7 +246,7 @@ class LiveReporter(_Reporter):
             return
         share = progress.step / progress.steps
         left = self.clock.left(progress.epoch, progress.epochs, share)
-        state = _state(progress.loss, progress.error, progress.images_per_second, progress.transport_share)
+        state = self._state(progress.loss, progress.error, progress.images_per_second, progress.transport_share)
         epochs, steps = f"{progress.epoch}/{progress.epochs} epochs", f"{progress.step}/{progress.steps} steps"
         self._update("run", completed=progress.epoch + share, shown=epochs, left=f"{duration(left)} left")
         self._update("epoch", completed=progress.step, shown=steps, state=state)
@@ -257,7 +257,7 @@ class LiveReporter(_Reporter):
         if self.bars is None:
             return
         done = row["epoch"] + 1
-        state = _state(row["loss"], row["train_error"], row["images_per_second"], row["transport_share"])
+        state = self._state(row["loss"], row["train_error"], row["images_per_second"], row["transport_share"])
         left = f"{duration(self.clock.left(done, self.epochs))} left"
         self._update("run", completed=done, shown=f"{done}/{self.epochs} epochs", left=left)
         if seen := watched(row):
@@ -276,11 +276,14 @@ class LiveReporter(_Reporter):
     def _open(self, tasks: dict[str, tuple[int, int, str]]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
+        # on a narrow terminal rather the numbers than the bar
+        bar = [] if self._narrow else [BarColumn(bar_width=24)]
+        shown, left = ("", "") if self._narrow else (":>16", ":>13")
         self.bars = Progress(
             TextColumn("{task.description:<7}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[shown]:>16}"),
-            TextColumn("{task.fields[left]:>13}"),
+            *bar,
+            TextColumn(f"{{task.fields[shown]{shown}}}"),
+            TextColumn(f"{{task.fields[left]{left}}}"),
             TextColumn("{task.fields[state]}"),
             console=self.console,
             auto_refresh=False,
@@ -291,6 +294,17 @@ class LiveReporter(_Reporter):
             )
         self.bars.start()
 
+    @property
+    def _narrow(self) -> bool:
+        return self.console.width < 120
+
+    def _state(self, loss: float, error: float, images_per_second: float, transport: float) -> str:
+        if self._narrow:
+            by_transport = f"  OT {percent(transport, 0)}" if transport else ""
+            return f"loss {loss:.3f}  error {percent(error)}  {images_per_second:,.0f}/s{by_transport}"
+        by_transport = f"  transport {percent(transport, 0)}" if transport else ""
+        return f"loss {loss:.3f}  error {percent(error)}  {images_per_second:,.0f} images/s{by_transport}"
+
     def _update(self, name: str, **values: Any) -> None:
         assert self.bars is not None
         self.bars.update(self.tasks[name], **values)
@@ -300,11 +314,6 @@ class LiveReporter(_Reporter):
         if self.bars is not None and (always or now - self.drawn >= REFRESH_SECONDS):
             self.drawn = now
             self.bars.refresh()
-
-
-def _state(loss: float, error: float, images_per_second: float, transport: float) -> str:
-    by_transport = f"  transport {percent(transport, 0)}" if transport else ""
-    return f"loss {loss:.3f}  error {percent(error)}  {images_per_second:,.0f} images/s{by_transport}"
 
 
 def watched(row: dict[str, Any]) -> list[str]:

@@ -60,15 +60,18 @@ def show_dataset(dataset: ImageDataset, console: Console, many: int = 100, few: 
     for name in splits:
         table.add_column(name, justify="right")
     table.add_column("group")
-    table.add_column("training images", no_wrap=True)
+    table.add_column("training images", no_wrap=True, overflow="crop")
     order = torch.argsort(counts.counts, descending=True, stable=True).tolist()
     largest = int(counts.counts.max())
+    # names and numbers come first where the terminal is narrow
+    names = min(24, max(len(name) for name in dataset.class_names))
+    width = max(6, min(_BAR, console.width - names - 12 * len(splits) - 13))
     for place, k in enumerate(order):
         if len(order) > _MOST_CLASSES and _MOST_CLASSES // 2 <= place < len(order) - _MOST_CLASSES // 2:
             if place == _MOST_CLASSES // 2:
                 table.add_row(f"… {len(order) - _MOST_CLASSES:,} more …")
             continue
-        bar = Text(_bar(int(counts.counts[k]) / largest), style="blue")
+        bar = Text(_bar(int(counts.counts[k]) / largest, width), style="blue")
         table.add_row(Text(dataset.class_names[k]), *(f"{sizes[name][k]:,}" for name in splits), group_of[k], bar)
     console.print(table)
 
@@ -90,9 +93,9 @@ def show_dataset(dataset: ImageDataset, console: Console, many: int = 100, few: 
         say(note)
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, width: int) -> str:
     """Linear, to an eighth of a character; what is not empty is never invisible."""
-    eighths = max(1, round(share * _BAR * 8))
+    eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
