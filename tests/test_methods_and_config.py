@@ -248,6 +248,21 @@ def test_settings_that_have_an_effect_are_taken(settings: Overrides, method: str
     check_settings(settings, "clean", [method])
 
 
+@pytest.mark.parametrize(
+    ("images", "size"), [(1, 16), (180, 16), (511, 16), (512, 32), (1500, 64), (2047, 64), (2048, 128), (10**6, 128)]
+)
+def test_small_folders_get_small_batches(images: int, size: int) -> None:
+    filled = with_defaults(RunConfig(data="folder"), small=True, backbone="resnet32", image_size=32, images=images)
+    assert (filled.batch_size, filled.lr) == (size, 0.1 * size / 128)
+    asked = replace(RunConfig(data="folder"), batch_size=64, lr=0.3)
+    filled = with_defaults(asked, small=True, backbone="resnet32", image_size=32, images=images)
+    assert (filled.batch_size, filled.lr) == (64, 0.3)
+    large = with_defaults(RunConfig(data="folder"), small=False, backbone="timm/x", image_size=224, images=images)
+    assert (large.batch_size, large.lr) == (min(32, size), 1e-4)
+    cifar = with_defaults(RunConfig(data="cifar10"), small=True, backbone="resnet32", image_size=32, images=images)
+    assert (cifar.batch_size, cifar.lr) == (128, 0.1)
+
+
 def test_shot_groups_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ImageNet-LT's scripts count a class of 20 images as few-shot. At its default it changes no run's name."""
     assert "few_below" not in RunConfig().identity

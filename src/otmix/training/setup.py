@@ -84,7 +84,11 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
     config = replace(config, set=method.converted(config.set))
     backbone = "resnet8" if config.data == "digits" else default_backbone(dataset.image_size, dataset.small)
     config = with_defaults(
-        replace(config, method=method.name), small=dataset.small, backbone=backbone, image_size=dataset.image_size
+        replace(config, method=method.name),
+        small=dataset.small,
+        backbone=backbone,
+        image_size=dataset.image_size,
+        images=dataset.counts.total,
     )
     if config.nesterov and config.optimizer != "sgd":
         raise UserError(f"--nesterov changes nothing with --optimizer {config.optimizer}; leave it out, or choose sgd")
