@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # before torch is imported, here and in children: the tests' networks are tiny, and several tests run at once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,22 @@ from run_server import Server
 # and .ci/run draws the same examples each time: other runs look for new ones
 hypothesis.settings.register_profile("otmix", deadline=None, derandomize="OTMIX_CI" in os.environ)
 hypothesis.settings.load_profile("otmix")
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered_stays() -> Iterator[None]:
+    """Losses, mixers and imported files of one test are none of another's in the same process."""
+    from otmix.extensions import IMPORTED
+    from otmix.losses import LOSSES
+    from otmix.mixing import LOSS_NAMES, PIXEL_RULES
+
+    tables: list[Any] = [LOSSES, LOSS_NAMES, PIXEL_RULES, IMPORTED]
+    before = [table.copy() for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        if table != content:
+            table.clear()
+            table.update(content)
 
 
 @pytest.fixture(scope="session")
