@@ -185,7 +185,8 @@ def test_a_truncated_picture_among_new_ones(reference: Path, new: Path, tmp_path
     assert not out.exists()
     done = otmix("predict", reference, folder, "--out", out, "--on-bad-image", "skip")
     assert done.returncode == 0
-    counted, listed = done.stderr.splitlines()
+    counted, listed, told = done.stderr.splitlines()
+    assert told == f"11 images classified in {out}"
     assert counted == "1 image could not be read and was skipped:"
     assert listed.startswith(f"  {torn}: ")
     files = [line["file"] for line in csv.DictReader(io.StringIO(out.read_text()))]

@@ -283,7 +283,8 @@ def with_defaults(
 def batch_for(images: int, usual: int) -> int:
     """A power of two with which an epoch has 16 steps at least, but 16 to `usual` images.
 
-    With the usual 128, 180 images have two steps an epoch, and 240 epochs of OTmix ended at chance.
+    With the usual 128, 180 images have two steps an epoch: 240 epochs of OTmix then had a balanced accuracy of 33 %
+    (five classes of CIFAR, one seed), with 16 of 47 %.
     """
     return min(usual, max(16, 1 << (max(images // 16, 1).bit_length() - 1)))
 
