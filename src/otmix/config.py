@@ -51,10 +51,11 @@ class RunConfig:
         pretrained: start timm backbones from pretrained weights (default: yes for large images).
         weights: file with pretrained weights (.safetensors, .pt, .pth) instead of a download.
         epochs: passes over the training images.
-        batch_size: images per step, over all processes together (default 128 for small images, of a folder of fewer
-            than 2,048 less).
+        batch_size: images per step, over all processes together (default 128 for CIFAR and folders of small images, 64
+            for digits, 32 or 64 for large images; less for a folder of few).
         optimizer: sgd (momentum .9) or adamw.
-        lr: initial learning rate (default .1 for small images, of a folder less where batches are smaller than 128).
+        lr: initial learning rate (default .1 for small images; for a folder of them less where batches are smaller than
+            128).
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
         nesterov: Nesterov momentum for sgd.
         schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, the paper's for CIFAR), imagenet-lt (the
