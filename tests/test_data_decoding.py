@@ -32,7 +32,7 @@ def as_array(decoded: torch.Tensor) -> np.ndarray:
     return decoded.permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "ppm", "webp"])
+@pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "ppm", "pnm", "webp", "jp2"])
 def test_lossless_colour(tmp_path: Path, ending: str) -> None:
     path = write(
         Image.fromarray(picture()), tmp_path / f"a.{ending}", **({"lossless": True} if ending == "webp" else {})

@@ -57,6 +57,14 @@ def test_train_and_test(tmp_path: Path) -> None:
     assert (data.image_size, data.channels, data.small, data.flip) == (10, 3, True, True)
 
 
+def test_training_and_testing_are_the_same_by_other_names(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("Training/b", 3), *numbered("Training/a", 2), "Testing/a/0.png", "Testing/b/0.png")
+    data = load(tmp_path)
+    assert (data.class_names, data.counts.counts.tolist(), data.notes) == (("a", "b"), [2, 3], ())
+    assert data.test is not None
+    assert names(data.test) == ["Testing/a/0.png", "Testing/b/0.png"]
+
+
 @pytest.mark.parametrize("validation", ["val", "validation", "valid", "Val"])
 def test_validation_beside_test(tmp_path: Path, validation: str) -> None:
     put(tmp_path, *(f"{split}/{k}/0.png" for split in ("train", "test", validation) for k in "ab"))
@@ -140,10 +148,8 @@ def test_a_class_without_test_images_is_mentioned(tmp_path: Path) -> None:
 
 
 def test_folders_beside_train_that_are_not_read_are_named(tmp_path: Path) -> None:
-    put(
-        tmp_path, *(f"{folder}/{name}/{i}.png" for folder in ("train", "testing", "car") for name in "ab" for i in "12")
-    )
-    assert any("the folder 'car', 'testing' is passed over" in note for note in load(tmp_path).notes)
+    put(tmp_path, *(f"{folder}/{name}/{i}.png" for folder in ("train", "tests", "car") for name in "ab" for i in "12"))
+    assert any("the folder 'car', 'tests' is passed over" in note for note in load(tmp_path).notes)
 
 
 def test_a_folder_is_never_thinned_unless_asked(tmp_path: Path) -> None:

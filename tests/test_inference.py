@@ -282,6 +282,17 @@ def test_named_files_keep_their_order_whatever_their_ending(tmp_path: Path) -> N
     assert find_images([tmp_path / "z.dat", tmp_path / "a.png"]) == [tmp_path / "z.dat", tmp_path / "a.png"]
 
 
+def test_files_that_are_no_images_are_counted(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, 1, 0)
+    with caplog.at_level(logging.WARNING, "otmix"):
+        list(predict_paths(run, [tmp_path], device="cpu"))
+        assert not caplog.messages
+        for name in ("a.heic", "b.HEIC", "notes.txt", ".hidden"):
+            (tmp_path / name).touch()
+        list(predict_paths(run, [tmp_path], device="cpu"))
+    assert caplog.messages == ["Files that are not read as images are passed over: 2 .heic, 1 .txt."]
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "1.png").touch()

@@ -17,12 +17,14 @@ from otmix.files import printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE_SIZE = 224
-_TEST = ("test",)
+_TRAIN = ("train", "training")
+_TEST = ("test", "testing")
 _VALIDATION = ("val", "validation", "valid")
 
 
 def load_folder(root: str | Path, channels: int = 3) -> RawData:
     """`root/train/<class>/…` with `test/`, `val/` or both, or one tree `root/<class>/…` (then `test` is None).
+    The folders may also be called `training/`, `testing/`, `valid/` and `validation/`, in any case of letters.
 
     Classes are the sorted names of the folders; inside them images are found at any depth and sorted by path. Hidden
     files are passed over, and files with other endings, which a note counts. Raises UserError for a path that is no
@@ -33,7 +35,7 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{root} {what}; --root must name a folder of images, one folder per class")
     parts = {folder.name.lower(): folder for folder in visible_folders(root)}
-    train_folder = parts.get("train")
+    train_folder = next((parts[name] for name in _TRAIN if name in parts), None)
     beside = [name for name in (*_TEST, *_VALIDATION) if name in parts]
     if beside and (train_folder is None or not visible_folders(train_folder)):
         raise UserError(
@@ -43,7 +45,7 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     if train_folder is None or not visible_folders(train_folder):
         train = _scan(root, root, others)
         _require_two(root, train)
-        return _raw(root, channels, train, None, None, [*_stray(root), *_passed_over(others)])
+        return _raw(root, channels, train, None, None, [*_stray(root), *passed_over(others)])
     test_folder = next((parts[name] for name in _TEST if name in parts), None)
     validation_folder = next((parts[name] for name in _VALIDATION if name in parts), None)
     notes = _stray(train_folder)
@@ -62,7 +64,7 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     _require_two(train_folder, train)
     test = None if test_folder is None else _scan(test_folder, root, others)
     validation = None if validation_folder is None else _scan(validation_folder, root, others)
-    notes += _passed_over(others)
+    notes += passed_over(others)
     for folder, found in ((test_folder, test), (validation_folder, validation)):
         if folder is None or found is None:
             continue
@@ -155,7 +157,7 @@ def _stray(folder: Path) -> list[str]:
     return [f"Images directly in {folder.name}/ belong to no class and are passed over: {stray}."] if stray else []
 
 
-def _passed_over(others: Counter[str]) -> list[str]:
+def passed_over(others: Counter[str]) -> list[str]:
     """Half of the pictures may be in a format that is not read, and nobody would know."""
     if not others:
         return []
