@@ -1,17 +1,29 @@
 """When a batch is mixed, and that the way from two batches to a mix keeps images, labels and shares together."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from otmix.confusion import ConfusionCounter
 from otmix.errors import UserError
 from otmix.mixer import BatchMixer, MixSchedule
-from otmix.mixing import CutMix
-from otmix.pairing import Curriculum, IndexPairing, PairingContext, TransportPairing, WithinBatchPairing
+from otmix.mixing import CutMix, Mixup
+from otmix.pairing import (
+    ConfusionPairing,
+    Curriculum,
+    IndexPairing,
+    Pairing,
+    PairingContext,
+    TransportPairing,
+    WithinBatchPairing,
+)
 from otmix.randomness import Moment
-from otmix.types import Batch, ConfusionOrigin, Embedded, Items
+from otmix.types import Batch, Confusion, ConfusionOrigin, Embed, Embedded, Items, Mixed
 
 K = 5
 
@@ -54,6 +66,97 @@ def test_an_unmixed_batch_is_the_background_batch() -> None:
     assert mixed.target.labels.tolist() == back.items.labels[:, None].tolist()
     assert not mixed.mixed.any()
     assert mixed.pairs is None
+
+
+class Processes:
+    """As many threads, which put their rows together as processes of a run do."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.meeting = threading.Barrier(world, timeout=20)
+        self.rows: dict[int, Tensor] = {}
+
+    def gather_of(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def gather(rows: Tensor) -> Tensor:
+            self.rows[rank] = rows
+            self.meeting.wait()
+            whole = torch.stack([self.rows[r] for r in range(self.world)], dim=1).flatten(0, 1)
+            self.meeting.wait()
+            return whole
+
+        return gather
+
+    def run(self, work: Callable[[int], Mixed]) -> list[Mixed]:
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(work, range(self.world)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "pairing",
+    [
+        TransportPairing(),
+        TransportPairing(select="sample"),
+        ConfusionPairing(),
+        Curriculum(IndexPairing(), TransportPairing(), power=0.0),
+    ],
+)
+def test_several_processes_pair_the_whole_batch(pairing: Pairing, world: int) -> None:
+    """As one process does; each mixes its own foregrounds, and looks at its own images only."""
+    back, fore = batch(12, 1), batch(12, 2)
+    every = {id(b): torch.randn(12, 4, generator=torch.Generator().manual_seed(s)) for s, b in enumerate((back, fore))}
+    confusion = Confusion(torch.rand(K, K, generator=torch.Generator().manual_seed(5)).softmax(1), ConfusionOrigin())
+    moment = Moment(step=3)
+
+    def embed_part(parts: dict[int, tuple[Batch, slice]]) -> Embed:
+        def embed(items: Items) -> Embedded:
+            whole, place = parts[id(items)]
+            features = every[id(whole)][place]
+            return Embedded(items, features, features.log_softmax(1).repeat(1, 2)[:, :K].log_softmax(1))
+
+        return embed
+
+    everything = slice(None)
+    one = BatchMixer(pairing, Mixup())(
+        back,
+        fore,
+        embed_part({id(back.items): (back, everything), id(fore.items): (fore, everything)}),
+        PairingContext(moment, confusion),
+    )
+    assert one.pairs is not None
+    processes = Processes(world)
+
+    def work(rank: int) -> Mixed:
+        place = slice(rank, None, world)
+        own_back, own_fore = back[place], fore[place]
+        mixer = BatchMixer(pairing, Mixup(), MixSchedule(fraction=0.5))
+        embed = embed_part({id(own_back.items): (back, place), id(own_fore.items): (fore, place)})
+        context = PairingContext(replace(moment, rank=rank), confusion)
+        return mixer(own_back, own_fore, embed, context, gather=processes.gather_of(rank))
+
+    for rank, mixed in enumerate(processes.run(work)):
+        place = slice(rank, None, world)
+        assert mixed.pairs is not None
+        assert mixed.pairs.by == one.pairs.by
+        assert mixed.pairs.foreground.tolist() == list(range(12 // world))
+        assert torch.equal(mixed.pairs.background, one.pairs.background[place])
+        chosen, own = back[one.pairs.background[place]], fore[place]
+        for i in range(12 // world):
+            if not mixed.mixed[i]:  # a plain background of its own
+                assert torch.equal(mixed.images[i], back[place].images[i])
+                continue
+            share = mixed.image_share[i]
+            torch.testing.assert_close(mixed.images[i], share * chosen.images[i] + (1 - share) * own.images[i])
+            assert mixed.target.labels[i].tolist() == [int(chosen.items.labels[i]), int(own.items.labels[i])]
+        assert int(mixed.mixed.sum()) == 6 // world
+
+
+def test_pairings_that_do_not_search_ask_no_other_process() -> None:
+    def never(rows: Tensor) -> Tensor:
+        raise AssertionError("there is nobody to ask")
+
+    for pairing in (IndexPairing(), WithinBatchPairing()):
+        BatchMixer(pairing, CutMix())(batch(4, 1), batch(4, 2), look, PairingContext(Moment()), gather=never)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.125])

@@ -41,10 +41,12 @@ def record(folder: str) -> None:
     """Let each process of a run write down what it saw and what it became. (In the child; see `run_server`.)"""
     import otmix.training.run as run
     from otmix.data.stores import ResidentStore
+    from otmix.mixer import BatchMixer
     from otmix.training.confusion_source import ConfusionSource
 
     fetch, estimate, finish, count = ResidentStore.fetch, ConfusionSource.estimate, run.finish, ConfusionCounter.add
-    seen: dict[str, list[Any]] = {"fetched": [], "counted": [], "confusions": [], "weights": []}
+    mix = BatchMixer.__call__
+    seen: dict[str, list[Any]] = {"fetched": [], "counted": [], "confusions": [], "weights": [], "transported": []}
     counts: list[Any] = []
 
     def fetched(self: ResidentStore, items: Items, seed: int | None) -> Any:
@@ -64,6 +66,13 @@ def record(folder: str) -> None:
         seen["confusions"].append(None if found is None else found.matrix.clone())
         return found
 
+    def mixed(self: BatchMixer, *arguments: Any) -> Any:
+        found = mix(self, *arguments)
+        if found.pairs is not None and found.pairs.plan is not None:
+            coupling = found.pairs.plan.coupling.clone()
+            seen["transported"].append((coupling, found.pairs.foreground.clone(), found.pairs.background.clone()))
+        return found
+
     def finished(state: Any, plan: Any) -> None:
         finish(state, plan)
         seen["weights"].append(dict(state.state.model.state_dict()))
@@ -72,6 +81,7 @@ def record(folder: str) -> None:
 
     ResidentStore.fetch, ConfusionCounter.add = fetched, counted  # type: ignore[method-assign]
     ConfusionSource.estimate, run.finish = estimated, finished  # type: ignore[method-assign]
+    BatchMixer.__call__ = mixed  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,22 @@ def test_f_is_estimated_from_all_processes(name: str, recorded: Callable[[str], 
             assert sum(len(labels) for labels, _ in judged) == len(held_out), "each image once"
     assert estimated >= 2
     assert len(run.ranks[0]["confusions"]) == 3
+
+
+@pytest.mark.parametrize("name", ["streamed", "official"])
+def test_transport_pairs_the_batches_of_both(name: str, recorded: Callable[[str], Recorded]) -> None:
+    run = recorded(name)
+    steps = list(zip(*(rank["transported"] for rank in run.ranks), strict=True))
+    assert steps
+    sizes = set()
+    for (plan, foreground, background), (other, *theirs) in steps:
+        assert torch.equal(plan, other)
+        assert plan.shape[0] == plan.shape[1] == WORLD * len(foreground)
+        best = plan.argmax(1)
+        assert torch.equal(background, best[::WORLD])
+        assert torch.equal(theirs[1], best[1::WORLD])
+        sizes.add(len(plan))
+    assert 32 in sizes
 
 
 @pytest.mark.parametrize("name", ["streamed", "reweighted"])

@@ -4,6 +4,7 @@ al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +13,14 @@ from torch import Tensor
 from otmix.confusion import ConfusionCounter
 from otmix.errors import UserError
 from otmix.mixing import Mixer, leave_unmixed
-from otmix.pairing import Pairing, PairingContext
+from otmix.pairing import Curriculum, Pairing, PairingContext
 from otmix.randomness import Moment
-from otmix.types import Batch, Embed, Embedded, Items, Mixed
+from otmix.types import Batch, Embed, Embedded, Items, Mixed, Pairs
+
+Gather = Callable[[Tensor], Tensor]
+"""Puts the parts `[n,…]` of all processes together as `[n·world,…]`: row i of process r becomes row i·world + r, its
+place in the whole batch (`BackgroundStream`). All processes must call it at the same place.
+"""
 
 PLAIN_END_FROM = 10
 """Of fewer epochs none is given up for a plain end."""
@@ -88,11 +94,14 @@ class BatchMixer:
         embed: Embed,
         context: PairingContext,
         counter: ConfusionCounter | None = None,
+        gather: Gather | None = None,
     ) -> Mixed:
         """Mix one batch, or return it as it is where the schedule says so.
 
         `embed` is called with `foreground.items` and `background.items` only. `counter`, if given, counts how the model
         confuses the backgrounds that the cost embedded (the "streamed" confusion: it costs no forward pass of its own).
+        With `gather`, a pairing that searches sees the whole batch, of which each of several processes has a part, and
+        pairs it as one process would; the images that are mixed are this process's foregrounds.
         """
         moment = context.moment
         if not self.schedule.mixes(moment):
@@ -107,7 +116,12 @@ class BatchMixer:
                 counter.add(items.labels, embedded.log_probabilities)
             return embedded
 
-        pairs = self.pairing(source.items, background.items, watched, context)
+        pairing = self.pairing.choose(moment) if isinstance(self.pairing, Curriculum) else self.pairing
+        plain = background  # what an image that stays unmixed looks like
+        if gather is not None and pairing.searches:
+            pairs, background = _pair_the_whole(pairing, source, background, watched, context, gather)
+        else:
+            pairs = pairing(source.items, background.items, watched, context)
         height, width = background.images.shape[-2:]
         drawn = self.mixer.draw(len(pairs), height, width, moment.generator("mix"))
         # index pairs of equal batches need no copy: the i-th with the i-th
@@ -118,7 +132,29 @@ class BatchMixer:
         mixed = replace(self.mixer.apply(chosen_background, chosen_foreground, drawn), pairs=pairs)
         which = self.schedule.which(moment, len(pairs))
         if which is not None:
-            mixed = leave_unmixed(
-                mixed, background[: len(pairs)], which.to(background.images.device, non_blocking=True)
-            )
+            mixed = leave_unmixed(mixed, plain[: len(pairs)], which.to(background.images.device, non_blocking=True))
         return mixed
+
+
+def _pair_the_whole(
+    pairing: Pairing, source: Batch, background: Batch, embed: Embed, context: PairingContext, gather: Gather
+) -> tuple[Pairs, Batch]:
+    """The pairs of this process's foregrounds, by their places in its part, and the backgrounds of all processes."""
+    whole_source, whole_background = _whole(source.items, gather), _whole(background.items, gather)
+
+    def look(items: Items) -> Embedded:  # each process at its own part only
+        seen = embed(source.items if items is whole_source else background.items)
+        logp = seen.log_probabilities
+        return Embedded(items, gather(seen.features), None if logp is None else gather(logp))
+
+    moment = context.moment
+    shared = replace(context, moment=replace(moment, rank=0))
+    pairs = pairing(whole_source, whole_background, look, shared)
+    mine = slice(moment.rank, None, len(whole_source) // len(source))
+    places = torch.arange(len(source), device=pairs.background.device)
+    own = replace(pairs, foreground=places, background=pairs.background[mine])
+    return own, Batch(whole_background, gather(background.images))
+
+
+def _whole(items: Items, gather: Gather) -> Items:
+    return Items(gather(items.labels), None if items.index is None else gather(items.index))

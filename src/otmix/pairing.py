@@ -33,11 +33,17 @@ class PairingContext:
 
 
 class Pairing(Protocol):
-    """Chooses one background for each foreground. `from_foregrounds` is False where a batch is mixed with itself and
-    needs no foreground stream.
+    """Chooses one background for each foreground.
+
+    `from_foregrounds` is False where a batch is mixed with itself and needs no foreground stream. `searches`: whether
+    it looks among all backgrounds for those that suit, so that its choice depends on how large the batch is; then
+    several processes put their parts together first, and it must give each foreground, in order, a background.
     """
 
     from_foregrounds: bool
+
+    @property
+    def searches(self) -> bool: ...
 
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs: ...
 
@@ -49,6 +55,7 @@ class IndexPairing:
     """
 
     from_foregrounds = True
+    searches = False
 
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
         both = torch.arange(min(len(foreground), len(background)), device=background.labels.device)
@@ -66,6 +73,7 @@ class WithinBatchPairing:
     """
 
     from_foregrounds = False
+    searches = False
 
     class_weight: Tensor | None = None
 
@@ -105,6 +113,7 @@ class TransportPairing:
     """
 
     from_foregrounds = True
+    searches = True
 
     cost: Callable[[Confusion | None], Cost] = _otmix_cost
     epsilon: float = 0.01
@@ -148,6 +157,7 @@ class ConfusionPairing:
     """
 
     from_foregrounds = True
+    searches = True
 
     def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
         device = background.labels.device
@@ -178,6 +188,10 @@ class Curriculum:
     power: float = 1.0
     per: CurriculumPer = "batch"
     one_based: bool = True
+
+    @property
+    def searches(self) -> bool:
+        return self.first.searches or self.then.searches
 
     def __post_init__(self) -> None:
         if not self.power >= 0:  # nor NaN

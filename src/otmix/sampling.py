@@ -2,8 +2,8 @@
 
 Both streams yield `Items`; no pixel is read. Sizes are global: a batch is drawn once, from a generator that does not
 know the rank, and process r of w takes the positions r, r + w, r + 2w, … of it. So the data that a step sees do not
-depend on the number of processes; but each process pairs and mixes its own part by itself: it solves transport for that
-alone, and draws its own λ and box.
+depend on the number of processes. Pairings that search look at the whole batch (`BatchMixer`); each process mixes its
+own part of it, with its own λ and box.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from otmix.sampling import BackgroundStream, ForegroundStream
 from otmix.training.confusion_setup import build_confusion_source, fixed_confusion
 from otmix.training.launch import lightning_quietly
 from otmix.training.loop import RunState
+from otmix.training.processes import gatherer
 from otmix.training.reporter import Reporter
 from otmix.training.setup import Forward, Plan, build_optimizer, compiled, embed_maker
 from otmix.training.stage import StepState
@@ -78,6 +79,7 @@ def build_run(
             reduction=stage.reduction,
             mixer=stage.mixer,
             counter=source.counter if source is not None and source.streamed else None,
+            gather=gatherer(fabric),
         ),
         module=wrapped,
         optimizer=optimizer,

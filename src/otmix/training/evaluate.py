@@ -13,7 +13,7 @@ from otmix.evaluation import Evaluation, evaluate_predictions, predict_probabili
 from otmix.losses import Criterion
 from otmix.models import Classifier
 from otmix.training.confusion_source import Looked, batches_of
-from otmix.training.processes import gather_interleaved
+from otmix.training.processes import gatherer
 from otmix.types import ClassCounts, Items
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def predict_items(
     probabilities, _, _ = predict_probabilities(
         model, batches, probabilities=criterion.probabilities, autocast=fabric.autocast
     )
-    return gather_interleaved(fabric, probabilities, len(items))
+    gather = gatherer(fabric)
+    return probabilities if gather is None else gather(probabilities)[: len(items)].cpu()
 
 
 def evaluate_items(

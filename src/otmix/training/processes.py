@@ -64,16 +64,20 @@ def share_buffers(fabric: Fabric, model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, src=0)
 
 
-def gather_interleaved(fabric: Fabric, rows: Tensor, total: int) -> Tensor:
-    """Rows that rank r computed for places r, r + world, r + 2·world, …, put together in order on every process; each
-    must have equally many, and what is past `total` is dropped.
+def gatherer(fabric: Fabric) -> Callable[[Tensor], Tensor] | None:
+    """A function that puts the rows that rank r has for places r, r + world, r + 2·world, … together in order, on every
+    process and its device; each must have equally many. None where there is only one process.
     """
     if fabric.world_size == 1:
-        return rows
-    mine = rows.to(fabric.device)
-    parts = [torch.empty_like(mine) for _ in range(fabric.world_size)]
-    torch.distributed.all_gather(parts, mine)  # Fabric's own gathers by a deprecated function
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+        return None
+
+    def gather(rows: Tensor) -> Tensor:
+        mine = rows.to(fabric.device).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(fabric.world_size)]
+        torch.distributed.all_gather(parts, mine)  # Fabric's own gathers by a deprecated function
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    return gather
 
 
 ECHO_SECONDS = 0.2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from otmix.confusion import ConfusionCounter
 from otmix.losses import Criterion, DeferredReweighting, Reduction
-from otmix.mixer import BatchMixer
+from otmix.mixer import BatchMixer, Gather
 from otmix.models import Classifier
 from otmix.pairing import PairingContext
 from otmix.randomness import derive_seed
@@ -57,7 +57,7 @@ class LossParts:
 @dataclass(frozen=True, eq=False)
 class StepState:
     """What a step works with: `forward(images) -> Output` is the model as wrapped for training; `model` is the bare
-    one.
+    one. `gather` puts the parts of several processes together, and is None for one.
     """
 
     model: Classifier
@@ -68,6 +68,7 @@ class StepState:
     reduction: Reduction
     mixer: BatchMixer | None
     counter: ConfusionCounter | None
+    gather: Gather | None = None
 
 
 class Step(Protocol):
@@ -81,7 +82,9 @@ def mix_and_classify(state: StepState, items: StepItems, context: PairingContext
     if state.mixer is None:
         mixed = Mixed.unmixed(items.background)
     else:
-        mixed = state.mixer(items.background, items.foreground, state.make_embed(items), context, state.counter)
+        mixed = state.mixer(
+            items.background, items.foreground, state.make_embed(items), context, state.counter, state.gather
+        )
     output = state.forward(mixed.images)
     loss = state.criterion(output, mixed.target, state.class_weight, context.moment.progress, state.reduction)
     return LossParts(loss, mixed, output)
