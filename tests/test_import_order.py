@@ -18,7 +18,7 @@ ROOT = Path(otmix.__file__).parent
 # reads only plain values and the files of a run directory. `protocols` holds plain values, of which OTMixer takes its
 # defaults.
 LAYERS = [
-    ["errors", "wording", "files", "extensions", "randomness", "types", "counting", "settings", "protocols"],
+    ["errors", "wording", "files", "extensions", "randomness", "devices", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
     ["methods", "config"],
@@ -112,3 +112,8 @@ def test_downward_imports_are_allowed() -> None:
     )
     assert violations("cli", source) == []
     assert violations("training", "from lightning.fabric import Fabric\nfrom otmix.reports import figures") == []
+
+
+def test_only_one_place_copies_without_waiting() -> None:
+    """On MPS `non_blocking=True` can give a tensor freed memory; `devices.move` knows where it is safe."""
+    assert [file.name for file in FILES if "non_blocking=True" in file.read_text("utf-8")] == ["devices.py"]

@@ -18,7 +18,6 @@ from otmix.randomness import Moment
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
 from otmix.training.loop import RunState
-from otmix.training.outcome import _looks_at_test
 from otmix.training.records import data_record
 from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
@@ -305,7 +304,7 @@ def test_what_the_run_of_a_fixed_confusion_saw_counts(
     for looked in (True, False):
         write_json(tmp_path / "result.json", {"looks_at_test": looked})
         changed = Overrides(confusion_run=str(tmp_path)) if method == "otmix" else Overrides()
-        assert _looks_at_test(prepare(RunConfig(method=method, set=changed), digits)) == (looked and told)
+        assert prepare(RunConfig(method=method, set=changed), digits).looks_at_test() == (looked and told)
 
 
 def test_a_fixed_confusion_must_fit(digits: ImageDataset, tmp_path: Path) -> None:

@@ -600,6 +600,36 @@ def test_weights_a_run_began_with_are_not_asked_for_again(tmp_path: Path) -> Non
         train(replace(config, out=str(tmp_path / "new")))
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_the_run_that_f_came_from_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = train(replace(TINY, method="erm", protocol="official", out=str(tmp_path / "teacher")))
+    fixed = replace(TINY.set, confusion_run=str(teacher), confusion_from="train", confusion_soft=False)
+    config = replace(TINY, set=fixed, out=str(tmp_path / "whole"))
+    whole = train(config)
+    stopped = replace(config, out=str(tmp_path / "stopped"), resume=True)
+    with pytest.raises(Interrupted):
+        train(stopped, StopsOnce())
+    teacher.rename(tmp_path / "elsewhere")
+    assert weights(train(stopped)) == weights(whole)
+    for run_dir in (whole, tmp_path / "stopped"):
+        assert json.loads((run_dir / "result.json").read_text())["looks_at_test"]
+    # another run in its place is another F
+    train(replace(TINY, method="erm", protocol="official", seed=5, out=str(teacher)))
+    with pytest.raises(UserError, match=r"the run of --set\.confusion_run no longer holds what .*whole was begun with"):
+        train(replace(config, resume=True))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_lost_model_and_checkpoint_begins_with_its_weights_again(tmp_path: Path) -> None:
+    begins = tmp_path / "begins.safetensors"
+    begins.write_bytes(weights(train(replace(TINY, seed=3, out=str(tmp_path / "before")))))
+    config = replace(TINY, weights=str(begins), out=str(tmp_path / "run"))
+    first = weights(train(config))
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (tmp_path / "run" / name).unlink()
+    assert weights(train(replace(config, resume=True))) == first
+
+
 def test_official_features_leave_the_streamed_confusion_as_it_is(tmp_path: Path) -> None:
     changed = replace(TINY.set, features="official", mix_probability=1.0, curriculum_power=0.0)
     run = built(replace(TINY, set=changed), tmp_path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otmix.confusion import ConfusionCounter
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.mixing import Mixer, leave_unmixed
 from otmix.pairing import Curriculum, Pairing, PairingContext
@@ -132,7 +133,7 @@ class BatchMixer:
         mixed = replace(self.mixer.apply(chosen_background, chosen_foreground, drawn), pairs=pairs)
         which = self.schedule.which(moment, len(pairs))
         if which is not None:
-            mixed = leave_unmixed(mixed, plain[: len(pairs)], which.to(background.images.device, non_blocking=True))
+            mixed = leave_unmixed(mixed, plain[: len(pairs)], move(which, background.images.device))
         return mixed
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from otmix.costs import CombinedCost, Cost
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.randomness import Moment
 from otmix.transport import sinkhorn
@@ -86,12 +87,12 @@ class WithinBatchPairing:
         device, n = background.labels.device, len(background)
         generator = context.moment.generator("pairing")
         if self.class_weight is None:
-            partner = torch.randperm(n, generator=generator).to(device, non_blocking=True)
+            partner = move(torch.randperm(n, generator=generator), device)
         else:
-            weight = self.class_weight.to(device, torch.float32, non_blocking=True)[background.labels]
+            weight = move(self.class_weight, device, torch.float32)[background.labels]
             # cumsum, but the same on every run: on CUDA it is not
             edges = weight.expand(n, n).tril().sum(1)
-            point = torch.rand(n, generator=generator, dtype=torch.float64).to(device, torch.float32, non_blocking=True)
+            point = move(torch.rand(n, generator=generator, dtype=torch.float64), device, torch.float32)
             # the minimum is for a point that float32 rounded up to 1
             partner = torch.searchsorted(edges, point * edges[-1], right=True).clamp_max_(n - 1)
         return Pairs(partner, torch.arange(n, device=device), by="within-batch")
@@ -141,7 +142,7 @@ class TransportPairing:
                 # a race of exponential clocks with these rates: the noise can come from a CPU generator, and no host is
                 # needed
                 uniform = torch.rand(weights.shape, generator=context.moment.generator("pairing"), dtype=torch.float64)
-                finish = (-torch.log1p(-uniform)).to(device, torch.float32, non_blocking=True)
+                finish = move(-torch.log1p(-uniform), device, torch.float32)
                 chosen = (finish / weights.clamp_min(torch.finfo(torch.float32).tiny)).argmin(1)
         return Pairs(torch.arange(len(foreground), device=chosen.device), chosen, by="transport", plan=plan)
 
@@ -166,11 +167,9 @@ class ConfusionPairing:
             return IndexPairing()(foreground, background, embed, context)
         every = torch.arange(confusion.num_classes, device=device)
         most, partner = confusion.lookup(foreground.labels, every).max(1)
-        score = torch.rand(len(foreground), len(background), generator=context.moment.generator("pairing")).to(
-            device, non_blocking=True
-        )
+        drawn = torch.rand(len(foreground), len(background), generator=context.moment.generator("pairing"))
         wanted = (partner[:, None] == background.labels[None, :]) & (most > 0)[:, None]
-        score = score + wanted
+        score = move(drawn, device) + wanted
         return Pairs(torch.arange(len(foreground), device=device), score.argmax(1), by="confusion")
 
 

@@ -73,6 +73,11 @@ def choose_subset(
         raise UserError(f"--validation-per-class {validation_per_class} is negative; give 0 or more")
     classes = shuffled_classes(labels, num_classes, seed)
     held = [min(validation_per_class, len(places) // 2) for places in classes]
+    if validation_per_class and not any(held):
+        raise UserError(
+            f"--validation-per-class {validation_per_class} finds no class with two training images, of which it could "
+            "take one; add images, or leave it out"
+        )
     available = torch.tensor([len(places) - taken for places, taken in zip(classes, held)])
     if imbalance is None:
         counts = available.tolist() if max_per_class is None else available.clamp(max=max_per_class).tolist()

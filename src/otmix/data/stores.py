@@ -15,6 +15,7 @@ from otmix.data.augmentation import Augmentation, ShiftFlip, View, WindowFlip
 from otmix.data.decoding import Progress, in_threads
 from otmix.data.resizing import side_needed, to_square
 from otmix.data.sources import ArraySource, ImageSource
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.randomness import generator
 from otmix.types import Batch, Items
@@ -238,13 +239,6 @@ def load_images(source: ImageSource, image_size: int, progress: Progress | None 
 
     in_threads(decode_one, len(source), progress)
     return images
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: copying from pageable memory would stall CUDA, so the memory is pinned."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.mixing.share import Per, check_drawn, check_settings, draw_shares, mix_of_two
 from otmix.types import Batch, Mixed
 
@@ -49,4 +50,4 @@ class Mixup:
 
         The inputs stay as they are. Raises ValueError where the batches are not paired, or `drawn` does not fit.
         """
-        return blend(background, foreground, drawn.to(background.images.device, torch.float32, non_blocking=True))
+        return blend(background, foreground, move(drawn, background.images.device, torch.float32))

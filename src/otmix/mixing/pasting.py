@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.mixing.share import check_drawn, mix_of_two
 from otmix.types import Batch, Mixed
 
@@ -29,7 +30,7 @@ def paste(background: Batch, foreground: Batch, boxes: Tensor) -> Mixed:
         kept = height * width - patch.shape[-2] * patch.shape[-1]
         share = torch.full((1,), kept / (height * width), dtype=torch.float32, device=images.device)
     else:
-        tops, lefts, heights, widths = boxes.to(images.device, non_blocking=True)[:, :, None].unbind(1)
+        tops, lefts, heights, widths = move(boxes, images.device)[:, :, None].unbind(1)
         y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
         rows, columns = (y >= tops) & (y < tops + heights), (x >= lefts) & (x < lefts + widths)
         # numbers, not truth values: lerp with weights 0 and 1 copies exactly, and many times faster than where

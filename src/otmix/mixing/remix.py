@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.mixing.mixup import blend
 from otmix.mixing.share import Per, check_drawn, check_settings, draw_shares
@@ -56,10 +57,10 @@ class Remix:
         """
         check_drawn(background, foreground, len(drawn))
         device = background.images.device
-        share = drawn.to(device, torch.float32, non_blocking=True)
+        share = move(drawn, device, torch.float32)
         if math.isinf(self.kappa):
             return blend(background, foreground, share)
-        counts = self.counts.counts.to(device, torch.float32, non_blocking=True)
+        counts = move(self.counts.counts, device, torch.float32)
         ours, theirs = counts[background.items.labels], counts[foreground.items.labels]
         none = (ours >= self.kappa * theirs) & (share < self.tau)
         whole = (theirs >= self.kappa * ours) & (1.0 - share < self.tau)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.mixing.cutmix import half_sides
 from otmix.mixing.pasting import paste
 from otmix.mixing.saliency import salient_peaks
@@ -58,5 +59,5 @@ class SaliencyMix:
         check_drawn(background, foreground, len(drawn))
         images = foreground.images
         peak = salient_peaks(images[: len(drawn)])
-        sides = drawn.to(images.device, non_blocking=True)
+        sides = move(drawn, images.device)
         return paste(background, foreground, boxes_around(peak, sides, *images.shape[-2:]))

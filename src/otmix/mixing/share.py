@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.types import Batch, Mixed, Target
 
@@ -73,7 +74,7 @@ def leave_unmixed(mixed: Mixed, batch: Batch, mixed_mask: Tensor) -> Mixed:
     if len(batch) != mixed.images.shape[0] or mixed_mask.shape != mixed.mixed.shape:
         sizes = f"{mixed.images.shape[0]} mixes, {len(batch)} plain images and a mask {tuple(mixed_mask.shape)}"
         raise ValueError(f"{sizes} must be as many")
-    keep = mixed_mask.to(mixed.images.device, non_blocking=True)
+    keep = move(mixed_mask, mixed.images.device)
     column = torch.arange(mixed.target.shares.shape[1], device=keep.device)
     labels = torch.where(keep[:, None], mixed.target.labels, batch.items.labels[:, None])
     shares = torch.where(keep[:, None], mixed.target.shares, (column == 0).to(mixed.target.shares.dtype))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.mixing.mixup import blend
 from otmix.mixing.share import check_drawn, check_settings, draw_shares
@@ -70,7 +71,7 @@ class UniMix:
         """
         check_drawn(background, foreground, len(drawn))
         device = background.images.device
-        counts = self.counts.counts.to(device, torch.float32, non_blocking=True)
+        counts = move(self.counts.counts, device, torch.float32)
         ours, theirs = counts[background.items.labels], counts[foreground.items.labels]
-        share = drawn.to(device, torch.float32, non_blocking=True) + theirs / (ours + theirs)
+        share = move(drawn, device, torch.float32) + theirs / (ours + theirs)
         return blend(background, foreground, share - (share > 1.0).float())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.types import Batch, Items
 
@@ -34,7 +35,7 @@ def labelled(batch: object) -> LabelledImages:
 
 def batch_of(pair: LabelledImages, device: torch.device) -> Batch:
     images, labels = pair
-    return Batch(Items(labels.to(device, non_blocking=True)), images.to(device, non_blocking=True))
+    return Batch(Items(move(labels, device)), move(images, device))
 
 
 def again_and_again(batches: Iterable[LabelledImages]) -> Iterator[LabelledImages]:

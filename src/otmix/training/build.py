@@ -31,11 +31,19 @@ if TYPE_CHECKING:
 
 
 def build_run(
-    fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter, stage_index: int = 0, before: RunState | None = None
+    fabric: Fabric,
+    run_dir: Path,
+    plan: Plan,
+    reporter: Reporter,
+    stage_index: int = 0,
+    before: RunState | None = None,
+    *,
+    resumed: bool = False,
 ) -> RunState:
     """Model, optimiser, streams and stores on their device, ready for the first step of a stage.
 
-    The model goes on from where it is; from the stage `before` also the log, the counts of pairs and the confusion.
+    The model goes on from where it is; from the stage `before` also the log, the counts of pairs and the confusion. A
+    run that is `resumed` gets all of these from its checkpoint afterwards.
     """
     config, dataset, stage = plan.config, plan.dataset, plan.stages[stage_index]
     stage.prepare(plan.model, derive_seed(config.seed, "reset", stage_index))
@@ -59,7 +67,9 @@ def build_run(
         side = dataset.image_size
         _try_one_image(model, torch.zeros(plan.model.streams, dataset.channels, side, side, device=fabric.device))
     source = build_confusion_source(plan, fabric, store, reporter.looking)
-    confusion = before.confusion if before is not None else fixed_confusion(plan, fabric, store, reporter.looking)
+    confusion = None if before is None else before.confusion
+    if before is None and not resumed:
+        confusion = fixed_confusion(plan, fabric, store, reporter.looking)
     labels = dataset.train.labels
     foreground = (
         None if stage.foreground_probability is None else ForegroundStream(labels, stage.foreground_probability, world)

@@ -40,12 +40,13 @@ def finish(run: RunState, plan: Plan) -> None:
     _save_arrays(run, labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
+    saw = read_json(run.run_dir / "environment.json").get("looks_at_test")  # runs of before have not noted it
     result = {
         "method": method.name,
         "title": method.title,
         "protocol": config.protocol,
         "set": config.to_dict()["set"],
-        "looks_at_test": _looks_at_test(plan),
+        "looks_at_test": plan.looks_at_test() if saw is None else saw,
         "confusion": None if run.confusion is None else str(run.confusion.origin),
         # how many epochs the model has had; rows of metrics.jsonl, and `best`, count them from 0
         "headline_epoch": run.best["epoch"] + 1 if run.best is not None else config.epochs,
@@ -66,17 +67,6 @@ def finish(run: RunState, plan: Plan) -> None:
     write_page(run.run_dir)
     run.reporter.finish(result, run.run_dir)
     run.fabric.barrier()
-
-
-def _looks_at_test(plan: Plan) -> bool:
-    """Whether the test set had any influence, be it through the run that a fixed F comes from."""
-    protocol = plan.protocol
-    if not plan.method.uses_confusion:
-        return protocol.headline == "best-on-test"
-    teacher = protocol.confusion_run
-    return protocol.looks_at_test or (
-        teacher is not None and bool(read_json(Path(teacher) / "result.json").get("looks_at_test"))
-    )
 
 
 def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor, pairs: dict[str, Tensor]) -> None:

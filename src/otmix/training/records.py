@@ -112,6 +112,7 @@ INPUTS = {
     "weights": "the file of --weights",
     "loss": "the file that defines the loss",
     "mixer": "the file that defines the mixer",
+    "confusion_run": "the run of --set.confusion_run",
 }
 
 
@@ -120,9 +121,14 @@ def inputs(config: RunConfig) -> dict[str, str]:
     the keys of `INPUTS`. Of imported files only those that define its method.
     """
     method = parse_method(config.method)
-    weights = None if config.weights is None else Path(config.weights)
+
+    def of(path: Path | None) -> str | None:
+        return None if path is None or not path.is_file() else hash_of(path)
+
+    teacher = config.set.confusion_run
     found = {
-        "weights": None if weights is None or not weights.is_file() else hash_of(weights),
+        "weights": of(None if config.weights is None else Path(config.weights)),
+        "confusion_run": of(None if teacher is None else Path(teacher) / "model.safetensors"),
         "loss": hash_of_definition(LOSSES[method.loss]),
         "mixer": None if method.pixels is None else hash_of_definition(PIXEL_RULES[method.pixels]),
     }
@@ -136,13 +142,19 @@ def changed_inputs(run_dir: Path, config: RunConfig) -> str:
 
 
 def write_records(
-    run_dir: Path, config: RunConfig, settings: dict[str, Any], dataset: ImageDataset, device: torch.device
+    run_dir: Path,
+    config: RunConfig,
+    settings: dict[str, Any],
+    dataset: ImageDataset,
+    device: torch.device,
+    looks_at_test: bool,
 ) -> None:
     """data.json, environment.json, settings.json and, last, config.yaml: a directory that has it is a run that has
     begun.
     """
     write_json(run_dir / "data.json", data_record(dataset))
-    write_json(run_dir / "environment.json", environment(device) | {"inputs": inputs(config)})
+    more = {"inputs": inputs(config), "looks_at_test": looks_at_test}  # now: another run's files may go meanwhile
+    write_json(run_dir / "environment.json", environment(device) | more)
     write_json(run_dir / "settings.json", settings)
     _write_config(run_dir, config)
 

@@ -132,7 +132,8 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
         derive_seed(config.seed, "torch", fabric.global_rank)
     )  # dropout and the like draw from torch's own generator
     dataset = _load_with_others(fabric, config, reporter)
-    plan = prepare(config, dataset, begun=has_begun(run_dir))
+    has_weights = checkpoint_path(run_dir).exists() or (run_dir / "model.safetensors").exists()
+    plan = prepare(config, dataset, begun=has_begun(run_dir) and has_weights)
     assert plan.config.batch_size is not None  # `prepare` filled it in
     pixels = plan.config.batch_size // fabric.world_size * dataset.image_size**2
     with threads_for(pixels, fabric.device, config.devices):
@@ -176,7 +177,7 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
     elif main:
         if plan.config.on_bad_image == "error":  # with "skip" all have been read; now, not when training is over
             require_readable(split_of(dataset, plan.config.final_split), reporter.loading)
-        write_records(run_dir, plan.config, plan.settings, dataset, fabric.device)
+        write_records(run_dir, plan.config, plan.settings, dataset, fabric.device, plan.looks_at_test())
     if main:
         remove_temporaries(run_dir)
     fabric.barrier()
@@ -186,8 +187,8 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
     first = 0 if saved is None else saved["stage_index"]
     run = None
     for index in range(first, len(plan.stages)):
-        run = build_run(fabric, run_dir, plan, reporter, index, run)
         resumed = saved is not None and index == first
+        run = build_run(fabric, run_dir, plan, reporter, index, run, resumed=resumed)
         if saved is not None and resumed:
             restore(run, saved)
         reporter.start(_info(plan, run, run.epoch if resumed else None))

@@ -44,6 +44,16 @@ class Plan:
     stages: tuple[Stage, ...]
     _stores: dict[str, ImageStore] = field(default_factory=dict, init=False, repr=False)
 
+    def looks_at_test(self) -> bool:
+        """Whether the test set will have any influence, be it through the run that a fixed F comes from."""
+        protocol = self.protocol
+        if not self.method.uses_confusion:
+            return protocol.headline == "best-on-test"
+        teacher = protocol.confusion_run
+        return protocol.looks_at_test or (
+            teacher is not None and bool(read_json(Path(teacher) / "result.json").get("looks_at_test"))
+        )
+
     def store(self, split: str, fabric: Fabric, progress: Callable[[int, int], None] | None = None) -> ImageStore:
         """The images of a split as evaluation sees them, opened once. Raises UserError when the data has none."""
         if split not in self._stores:
@@ -77,7 +87,8 @@ def load_data(config: RunConfig, progress: Callable[[int, int], None] | None = N
 def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Plan:
     """Fill in the defaults, then build model and stage. Raises UserError for settings that do not go together.
 
-    `begun`: the weights come from a checkpoint, so those the run began with are not asked for; they may be gone.
+    `begun`: the weights, and F, come from a checkpoint, so the file or run they began with is not asked for; it may be
+    gone.
     """
     method = parse_method(config.method)
     check_read(config.set.parts, [method])  # their names are free text here; the command line checks all settings
@@ -98,7 +109,7 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
             f"protocol 'official' is the released code's for CIFAR ResNets, not for {config.backbone}; choose "
             "--backbone resnet32, or --protocol clean"
         )
-    _check_splits(config, method, protocol, dataset)
+    _check_splits(config, method, protocol, dataset, begun)
     settings = effective_settings(config)
     filled = Overrides.from_dict(settings)
     criterion = build_criterion(method, dataset.counts, filled)
@@ -138,7 +149,7 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
     return parse_method(config.method).effective(config.protocol, config.set, deferred)
 
 
-def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset) -> None:
+def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset, begun: bool) -> None:
     if config.final_split == "validation" and dataset.validation is None:
         raise UserError("--final-split validation needs validation images; add --validation-per-class N")
     if protocol.confusion_from == "validation" and dataset.validation is None:
@@ -158,7 +169,7 @@ def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset
             f"{method.name} embeds no images that F could be streamed from; use --set.confusion_from held-out, or "
             "name a finished run with --set.confusion_run"
         )
-    if protocol.confusion_run is not None and method.uses_confusion:
+    if protocol.confusion_run is not None and method.uses_confusion and not begun:
         _check_fixed(Path(protocol.confusion_run), dataset)
 
 

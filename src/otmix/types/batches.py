@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from otmix.devices import move
+
 
 @dataclass(frozen=True, eq=False)
 class Items:
@@ -34,12 +36,8 @@ class Items:
         return Items(self.labels[which], None if self.index is None else self.index[which])
 
     def to(self, device: torch.device | str) -> Items:
-        """On a device, without waiting for it; on the CPU, once they are there."""
-        later = torch.device(device).type != "cpu"
-        return Items(
-            self.labels.to(device, non_blocking=later),
-            None if self.index is None else self.index.to(device, non_blocking=later),
-        )
+        """On a device, without making CUDA wait; on the CPU, once they are there."""
+        return Items(move(self.labels, device), None if self.index is None else move(self.index, device))
 
     @classmethod
     def concatenate(cls, parts: Iterable[Items]) -> Items:
