@@ -168,7 +168,7 @@ def test_a_learning_rate_that_breaks_the_model(settings: dict[str, Any], server:
         ("checkpoint.pt", 1),
         ("checkpoint.pt", 3),
         ("metrics.jsonl", 2),
-        ("best.safetensors", 1),
+        ("best-0.safetensors", 1),
         ("model.safetensors", 1),
         ("predictions.npz", 1),
         ("pairs.npz", 1),

@@ -171,6 +171,14 @@ def test_impossible_requests(arguments: dict[str, float], says: str) -> None:
         choose_subset(torch.tensor([0, 0, 1, 1]), 2, **arguments)  # type: ignore[arg-type]
 
 
+def test_classes_of_one_image_give_no_validation() -> None:
+    with pytest.raises(UserError, match="--validation-per-class 3 finds no class with two training images"):
+        choose_subset(torch.arange(4), 4, validation_per_class=3)
+    _, validation = choose_subset(torch.tensor([0, 1, 1]), 2, validation_per_class=3)
+    assert validation is not None
+    assert len(validation) == 1
+
+
 @given(st.lists(st.integers(2, 50), min_size=2, max_size=6), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_split_by_class_keeps_everything_once(sizes: list[int], fraction: float, seed: int) -> None:
     labels = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])

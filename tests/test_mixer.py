@@ -172,6 +172,37 @@ def test_fraction_is_the_share_of_images_within_a_mixed_batch(fraction: float) -
     assert torch.equal(mixed.soft_labels(K)[rest], torch.nn.functional.one_hot(back.items.labels[rest], K).float())
 
 
+def test_more_foregrounds_than_backgrounds() -> None:
+    """Those that stay plain are backgrounds all the same, the first ones again where there are too few."""
+    back, fore = batch(4, 1), batch(6, 2)
+    mixer = BatchMixer(TransportPairing(), CutMix(), MixSchedule(fraction=0.5))
+    for step in range(5):
+        mixed = mixer(back, fore, look, PairingContext(Moment(step=step)))
+        assert int(mixed.mixed.sum()) == 3
+        for i in torch.nonzero(~mixed.mixed).flatten().tolist():
+            assert torch.equal(mixed.images[i], back.images[i % 4])
+            assert mixed.target.labels[i].tolist() == [int(back.items.labels[i % 4])] * 2
+
+
+def test_a_curriculum_from_the_batch_itself_to_a_second_stream() -> None:
+    """CutMix first, then OTmix: each takes its foregrounds from where it wants them."""
+    back, fore = batch(8, 1), batch(8, 2)
+    mixer = BatchMixer(Curriculum(WithinBatchPairing(), TransportPairing(), power=1.0), Mixup())
+    seen = set()
+    for step in range(30):
+        moment = Moment(epoch=4, epochs=10, step=step)
+        mixed = mixer(back, fore, look, PairingContext(moment))
+        assert mixed.pairs is not None
+        source = back if mixed.pairs.by == "within-batch" else fore
+        assert mixer.needs_foreground(moment) == (source is fore)
+        assert torch.equal(mixed.target.labels[:, 1], source.items.labels[mixed.pairs.foreground])
+        share = mixed.image_share[:, None, None, None]
+        expected = share * back.images[mixed.pairs.background] + (1 - share) * source.images[mixed.pairs.foreground]
+        torch.testing.assert_close(mixed.images, expected)
+        seen.add(mixed.pairs.by)
+    assert seen == {"within-batch", "transport"}
+
+
 @pytest.mark.parametrize(
     ("epochs", "mixed"),
     [(240, range(4, 237)), (120, range(2, 119)), (30, range(1, 29)), (10, range(1, 9)), (9, range(1, 9))],

@@ -506,6 +506,14 @@ def test_labels_of_other_kinds_and_longer_batches_are_the_same(form: str) -> Non
     two.end_epoch([other(*background)])  # type: ignore[list-item]
 
 
+def test_images_of_bytes_are_refused() -> None:
+    background, foreground = first_and_last()
+    mixer = OTMixer(Net(), dataset().tensors[1], 30.0)  # type: ignore[arg-type]  # a whole number all the same
+    mixer(background, foreground)
+    with pytest.raises(UserError, match=r"floating-point numbers, not torch\.uint8; convert them first"):
+        mixer((background[0].to(torch.uint8), background[1]), foreground)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -366,7 +366,7 @@ def test_headline(digits: ImageDataset, tmp_path: Path) -> None:
         row = run.watch(run, False)
         assert (row["test_error"] is not None) == looks
         assert (run.best is not None) == looks
-        assert (tmp_path / headline / "best.safetensors").exists() == looks
+        assert (tmp_path / headline / "best-0.safetensors").exists() == looks
     run.epoch = 1  # as good as the first: the released code keeps the earlier one
     assert run.watch(run, False)["test_error"] == row["test_error"]
     assert run.best is not None

@@ -226,6 +226,15 @@ def test_half_precision_costs_are_solved_in_float32() -> None:
     torch.testing.assert_close(plan.coupling, sinkhorn(cost.bfloat16().float()).coupling)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("problems", [(), (2,), (0,), (2, 3)])
+def test_all_numbers_have_the_type_of_the_cost(problems: tuple[int, ...], dtype: torch.dtype) -> None:
+    plan = sinkhorn(uniform(4, 5, 0).to(dtype).expand(*problems, 4, 5))
+    floats = (plan.coupling, plan.foreground_potential, plan.background_potential, plan.marginal_error)
+    assert {x.dtype for x in floats} == {dtype}
+    assert plan.converged.shape == plan.marginal_error.shape == problems
+
+
 def test_no_gradient_is_kept() -> None:
     assert not sinkhorn(uniform(4, 4, 0).requires_grad_()).coupling.requires_grad
 

@@ -86,7 +86,7 @@ class BatchMixer:
 
     def needs_foreground(self, moment: Moment) -> bool:
         """Whether this step will look at the foreground stream at all."""
-        return self.pairing.from_foregrounds and self.schedule.mixes(moment)
+        return self.schedule.mixes(moment) and _pairing_at(self.pairing, moment).from_foregrounds
 
     def __call__(
         self,
@@ -107,9 +107,10 @@ class BatchMixer:
         moment = context.moment
         if not self.schedule.mixes(moment):
             return Mixed.unmixed(background)
-        if self.pairing.from_foregrounds and foreground is None:
+        pairing = _pairing_at(self.pairing, moment)
+        if pairing.from_foregrounds and foreground is None:
             raise ValueError("this pairing takes its foregrounds from a second stream; pass a foreground batch")
-        source = foreground if self.pairing.from_foregrounds and foreground is not None else background
+        source = foreground if pairing.from_foregrounds and foreground is not None else background
 
         def watched(items: Items) -> Embedded:
             embedded = embed(items)
@@ -117,7 +118,6 @@ class BatchMixer:
                 counter.add(items.labels, embedded.log_probabilities)
             return embedded
 
-        pairing = self.pairing.choose(moment) if isinstance(self.pairing, Curriculum) else self.pairing
         plain = background  # what an image that stays unmixed looks like
         if gather is not None and pairing.searches:
             pairs, background = _pair_the_whole(pairing, source, background, watched, context, gather)
@@ -133,8 +133,16 @@ class BatchMixer:
         mixed = replace(self.mixer.apply(chosen_background, chosen_foreground, drawn), pairs=pairs)
         which = self.schedule.which(moment, len(pairs))
         if which is not None:
-            mixed = leave_unmixed(mixed, plain[: len(pairs)], move(which, background.images.device))
+            places = torch.arange(len(pairs), device=background.images.device) % len(plain)
+            mixed = leave_unmixed(mixed, plain[places], move(which, places.device))
         return mixed
+
+
+def _pairing_at(pairing: Pairing, moment: Moment) -> Pairing:
+    """The pairing of this step."""
+    while isinstance(pairing, Curriculum):
+        pairing = pairing.choose(moment)
+    return pairing
 
 
 def _pair_the_whole(

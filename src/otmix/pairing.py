@@ -1,7 +1,7 @@
 """Which background each foreground gets, and when (eq. 8 and Algorithm 1 of Gao et al. 2023).
 
-A pairing maps two lots of candidates to `Pairs`. It sees items and an `embed` callable, never pixels, so candidates can
-be chosen before they are loaded. Its random choices come from the moment in its context; its choices that depend on the
+A pairing maps two lots of candidates to `Pairs`. It sees items and an `embed` callable, never pixels; its candidates
+are the two batches of a step. Its random choices come from the moment in its context; its choices that depend on the
 model are made when it is called.
 """
 
@@ -41,7 +41,8 @@ class Pairing(Protocol):
     several processes put their parts together first, and it must give each foreground, in order, a background.
     """
 
-    from_foregrounds: bool
+    @property
+    def from_foregrounds(self) -> bool: ...
 
     @property
     def searches(self) -> bool: ...
@@ -180,13 +181,15 @@ class Curriculum:
     The paper draws once a batch, with t from 1; the released code once an epoch, with t from 0.
     """
 
-    from_foregrounds = True
-
     first: Pairing
     then: Pairing
     power: float = 1.0
     per: CurriculumPer = "batch"
     one_based: bool = True
+
+    @property
+    def from_foregrounds(self) -> bool:
+        return self.first.from_foregrounds or self.then.from_foregrounds
 
     @property
     def searches(self) -> bool:

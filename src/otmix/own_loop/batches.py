@@ -34,7 +34,15 @@ def labelled(batch: object) -> LabelledImages:
 
 
 def batch_of(pair: LabelledImages, device: torch.device) -> Batch:
+    """On a device. Raises UserError for images that are no floating-point numbers: neither the network nor a mix can be
+    made of them.
+    """
     images, labels = pair
+    if not images.is_floating_point():
+        raise UserError(
+            f"the images of a batch must be floating-point numbers, not {images.dtype}; convert them first, for "
+            "example with torchvision's v2.ToDtype(torch.float32, scale=True)"
+        )
     return Batch(Items(move(labels, device)), move(images, device))
 
 

@@ -99,10 +99,10 @@ class OTMixer:
             pixels or CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per),
             schedule or MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction),
         )
-        if not (window := self.batch_mixer.schedule).reaches(epochs):
+        if not (window := self.batch_mixer.schedule).reaches(self.epochs):
             raise UserError(
-                f"OTMixer would mix nothing: none of {epochs} epochs begins within the window {window.window} of the "
-                "training; give more epochs, or schedule=MixSchedule(0.5)"
+                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {window.window} of "
+                "the training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
         self._loader_sizes: set[int] = set()  # the batch sizes of the foreground loaders it has made

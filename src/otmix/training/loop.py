@@ -135,10 +135,14 @@ def train_epoch(run: RunState) -> None:
         if run.step < len(batches) and (run.fabric.world_size == 1 or step % 10 == 9):
             stop, due = run.stop.agreed_with(run.fabric, now - saved > 60 * run.checkpoint_minutes)
             if stop or due:
-                saved = now
                 save(run)
+                saved = time.perf_counter()
+                began += saved - now  # the epoch's seconds are those of training
             if stop:
                 raise Interrupted(run.run_dir)
+    if run.fabric.device.type != "cpu":  # it is still at work on what it was given
+        torch.accelerator.synchronize(run.fabric.device)
+        tally.seconds = before + time.perf_counter() - began
 
 
 def finish_epoch(run: RunState) -> None:
@@ -162,6 +166,8 @@ def finish_epoch(run: RunState) -> None:
     run.epoch, run.step = run.epoch + 1, 0
     run.tally.start_epoch()
     save(run)
+    if run.fabric.global_rank == 0:
+        remove_other_bests(run)
     run.reporter.epoch(row)
     if run.stop.agreed(run.fabric):  # after the last epoch too: whoever trains several runs must not begin the next
         raise Interrupted(run.run_dir)
@@ -195,6 +201,20 @@ def save(run: RunState) -> None:
         save_checkpoint(checkpoint_path(run.run_dir), _payload(run, processes))
         write_log(run)
     run.fabric.barrier()
+
+
+def best_path(run: RunState) -> Path:
+    """The weights of the best epoch so far, where the protocol chooses one. Those of the best before it are kept until
+    a checkpoint knows of this one.
+    """
+    assert run.best is not None
+    return run.run_dir / f"best-{run.best['epoch']}.safetensors"
+
+
+def remove_other_bests(run: RunState) -> None:
+    for path in run.run_dir.glob("best-*.safetensors"):
+        if run.best is not None and path != best_path(run):
+            path.unlink()
 
 
 def write_log(run: RunState) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from otmix.files import read_json, write_atomic, write_json
 from otmix.reports.page import write_page
 from otmix.training.confusion_source import as_items
-from otmix.training.loop import RunState
+from otmix.training.loop import RunState, best_path
 from otmix.training.pictures import draw_pictures
 from otmix.training.processes import summed
 from otmix.training.records import environment
@@ -28,7 +28,7 @@ def finish(run: RunState, plan: Plan) -> None:
     if plan.protocol.headline == "best-on-test" and run.best is not None:
         from safetensors.torch import load_file
 
-        run.state.model.load_state_dict(load_file(run.run_dir / "best.safetensors"))
+        run.state.model.load_state_dict(load_file(best_path(run)))
     labels = split_of(dataset, config.final_split).labels
     store = plan.store(config.final_split, run.fabric, run.reporter.loading)
     evaluation, probabilities = evaluate(run, plan, store, as_items(labels))

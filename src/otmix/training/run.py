@@ -78,7 +78,7 @@ def directory_of(config: RunConfig) -> Iterator[None]:
     # what a run leaves that ended before its first checkpoint: it may begin anew
     left = {"data.json", "environment.json", "settings.json"}
     if all((run_dir / name).exists() for name in ("config.yaml", *left)):
-        left |= {"config.yaml", "best.safetensors"}
+        left |= {"config.yaml", *(path.name for path in run_dir.glob("best-*.safetensors"))}
     there = () if started or not run_dir.is_dir() else run_dir.iterdir()
     if any(path.name[0] != "." and path.name not in left for path in there):
         raise UserError(f"the folder {run_dir} is not empty and holds no run; choose another folder with --out")

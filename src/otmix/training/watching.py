@@ -14,7 +14,7 @@ from otmix.files import write_atomic
 from otmix.randomness import generator
 from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
-from otmix.training.loop import RunState
+from otmix.training.loop import RunState, best_path
 from otmix.training.reporter import Reporter
 from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Items
@@ -70,7 +70,7 @@ def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[
     if choosing and test_error is not None and (run.best is None or test_error < run.best["test_error"]):
         run.best = {"epoch": run.epoch, "test_error": test_error}
         if run.fabric.global_rank == 0:
-            save_weights(run, "best.safetensors")
+            save_weights(run, best_path(run).name)
     return errors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -80,11 +81,16 @@ def sinkhorn(
     with np.errstate(all="ignore"):  # ln 0 of an empty mass; overflows are looked for
         if not problems:
             alone = single.solve(numbers, a.numpy(), b.numpy(), largest, epsilon, max_iterations, tolerance)
-            return Plan(*(torch.as_tensor(part) for part in alone))
+            return _typed(Plan(*(torch.as_tensor(part) for part in alone)), cost.dtype)
         each = [x.numpy().reshape(-1, *x.shape[len(problems) :]) for x in (cost, a, b)]
         plans = [single.solve(c, x, y, largest, epsilon, max_iterations, tolerance) for c, x, y in zip(*each)]
     stacked = (np.stack([np.asarray(one) for one in part]) for part in zip(*plans))
-    return Plan(*(torch.from_numpy(part.reshape(problems + part.shape[1:])) for part in stacked))
+    return _typed(Plan(*(torch.from_numpy(part.reshape(problems + part.shape[1:])) for part in stacked)), cost.dtype)
+
+
+def _typed(plan: Plan, dtype: torch.dtype) -> Plan:
+    """The error, a number of Python's until then, in the type of the rest."""
+    return replace(plan, marginal_error=plan.marginal_error.to(dtype))
 
 
 def _solver(cost: Tensor) -> Callable[..., tuple[Tensor, ...]]:
