@@ -574,6 +574,43 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_begin_anew(
     assert main([*argv[:-8], "--out", str(tmp_path / "begun"), *argv[-6:]]) == 0
 
 
+def test_trained_in_the_folder_of_the_photos_and_used_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OTMIX_RUNS", raising=False)
+    photos = tmp_path / "photos"
+    for k, name in enumerate(("ant", "bee")):
+        (photos / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (100 * k, 40 * i, 0)).save(photos / name / f"{i}.png")
+    monkeypatch.chdir(photos)
+    argv = [
+        "train",
+        "--data",
+        "folder",
+        "--root",
+        ".",
+        "--epochs",
+        "1",
+        "--backbone",
+        "resnet8",
+        "--accelerator",
+        "cpu",
+    ]
+    assert main([*argv, "--batch-size", "0"]) == 2
+    assert main([*argv, "--backbone", "resnet9"]) == 2
+    assert not (photos / "runs").exists(), "what was made for nothing is gone"
+    assert main(argv) == 0
+    assert main(["data", "--data", "folder", "--root", "."]) == 0
+    assert "2 classes" in capsys.readouterr().out
+    (run,) = (photos / "runs").iterdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--accelerator", "cpu"]) == 0
+    assert (
+        main(["compare", "otmix", "--seeds", "1", "--runs", str(run.parent), *argv[1:4], str(photos), *argv[5:]]) == 0
+    )
+
+
 def test_a_lost_model_is_written_again_from_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(RunConfig.from_dict({**BASE, "epochs": 1, "out": str(tmp_path / "run")}))
     model = run / "model.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -150,6 +151,71 @@ def test_a_class_without_test_images_is_mentioned(tmp_path: Path) -> None:
 def test_folders_beside_train_that_are_not_read_are_named(tmp_path: Path) -> None:
     put(tmp_path, *(f"{folder}/{name}/{i}.png" for folder in ("train", "tests", "car") for name in "ab" for i in "12"))
     assert any("the folder 'car', 'tests' is passed over" in note for note in load(tmp_path).notes)
+
+
+def test_runs_beside_the_classes_are_no_class(tmp_path: Path) -> None:
+    """Whoever trains in the folder of the photos has `runs/` there, with pictures in it."""
+    put(tmp_path, *numbered("a", 3), *numbered("b", 3), "runs/first/figures/mixed.png", "b/old/figures/plan.png")
+    for run in ("runs/first", "b/old"):
+        for name in ("config.yaml", "settings.json"):
+            (tmp_path / run / name).touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").touch()
+    data = load(tmp_path)
+    assert data.class_names == ("a", "b")
+    assert not any("mixed" in name or "plan" in name for name in names(data.train))
+    assert any("'begun', 'runs' holds runs of otmix and is no class" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("unreadable", ["", "a", "a/deep", "train/a/deep"])
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    inside = "train/" if unreadable.startswith("train") else ""
+    put(tmp_path, *(f"{inside}{name}/{i}.png" for name in ("a", "b", "a/deep") for i in range(2)))
+    for name in ("listdir", "scandir"):  # root may read everything, so permissions prove nothing
+        plainly = getattr(os, name)
+
+        def refuse(path: Any, plainly: Any = plainly) -> Any:
+            if Path(path) == tmp_path / unreadable:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return plainly(path)
+
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(UserError, match=rf"the folder {tmp_path / unreadable} cannot be read \(Permission denied\)"):
+        load(tmp_path)
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("a", 3), *numbered("b", 3))
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    data = load(tmp_path)
+    assert "a/pipe.png" not in names(data.train)
+    assert "Files that are not read as images are passed over: 1 .png." in data.notes
+
+
+def test_links_to_the_same_images_are_mentioned(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 3), *numbered("train/b", 2), "test/b/0.png", "elsewhere/1.png")
+    (tmp_path / "train" / "b" / "more.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    assert not any("Links" in note for note in load(tmp_path).notes)
+    (tmp_path / "test" / "a").symlink_to(tmp_path / "train" / "a")
+    assert any(note.startswith("Links lead to 3 images more than once") for note in load(tmp_path).notes)
+
+
+def test_classes_that_look_alike(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "cat ", "Cat", "dog") for i in range(2)))
+    assert any("'Cat', 'cat', 'cat ' differ in capitals or spaces only" in note for note in load(tmp_path).notes)
+    put(tmp_path, "\\xff/0.png", "\\xff/1.png")
+    (tmp_path / "dog").rename(tmp_path / os.fsdecode(b"\xff"))
+    with pytest.raises(UserError, match=r"two classes that are written '\\xff'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["dataset/train/a", "dataset/a"])
+def test_a_folder_around_the_classes_gets_a_hint(tmp_path: Path, inside: str) -> None:
+    put(tmp_path, *(f"{inside}{more}/{i}.png" for more in ("", "b") for i in range(2)))
+    with pytest.raises(UserError, match=rf"only the class 'dataset'.* did you mean --root {tmp_path / 'dataset'}\?"):
+        load(tmp_path)
 
 
 def test_a_folder_is_never_thinned_unless_asked(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from otmix.data import IMAGE_ENDINGS, FileSource, open_store, to_square
 from otmix.data.decoding import in_threads
-from otmix.data.folder import images_below, passed_over
+from otmix.data.folder import Found, images_below, passed_over
 from otmix.data.resizing import side_needed
 from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
@@ -78,26 +77,27 @@ def predict_paths(
         raise UserError(f"--top and --batch-size must be at least 1, they are {top} and {batch_size}")
     if on_bad_image not in ("error", "skip"):
         raise UserError(f"--on-bad-image {on_bad_image} is unknown; give error or skip")
-    others: Counter[str] = Counter()
-    files = find_images(paths, others)
+    found = Found()
+    files = find_images(paths, found)
     run = open_run(run_dir)
-    for note in passed_over(others):
+    for note in passed_over(found.others):
         log.warning(note)
     top, skip = min(top, len(run.class_names)), on_bad_image == "skip"
     return _predict(run, files, top, skip, batch_size, device, on_skipped or _warn, progress)
 
 
-def find_images(paths: Sequence[Path], others: Counter[str] | None = None) -> list[Path]:
+def find_images(paths: Sequence[Path], found: Found | None = None) -> list[Path]:
     """The files named by `paths`, in that order; a folder stands for the images at any depth below it, sorted by path.
 
-    Hidden files and files with other endings in a folder are passed over; `others` counts the latter by their endings.
-    A file that is named itself is taken anyway.
+    Hidden files and files with other endings in a folder are passed over, and `found` is told of the latter. A file
+    that is named itself is taken anyway.
     Raises UserError for a path that does not exist, and when nothing is found.
     """
     files: list[Path] = []
+    found = found or Found()
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(path / name for name in images_below(path, others))
+            files += sorted(path / name for name in images_below(path, found))
         elif path.exists():
             files.append(path)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +16,7 @@ from otmix.data.resizing import SMALL
 from otmix.data.sources import FileSource, RawData, average_channels
 from otmix.errors import UserError
 from otmix.files import printable
+from otmix.wording import counted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE_SIZE = 224
@@ -27,8 +30,9 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     The folders may also be called `training/`, `testing/`, `valid/` and `validation/`, in any case of letters.
 
     Classes are the sorted names of the folders; inside them images are found at any depth and sorted by path. Hidden
-    files are passed over, and files with other endings, which a note counts. Raises UserError for a path that is no
-    folder, fewer than two classes, a class folder without images, and a class of `test/` or `val/` that `train/` lacks.
+    files are passed over, and files with other endings, which a note counts, as are otmix's own runs. Raises UserError
+    for a path that is no folder or may not be read, fewer than two classes, a class folder without images, two of the
+    same name, and a class of `test/` or `val/` that `train/` lacks.
     """
     root = Path(root)
     if not root.is_dir():
@@ -41,11 +45,12 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
         raise UserError(
             f"{root} has {beside[0]}/ but no train/<class>/ folders; put the training images of each class there"
         )
-    others: Counter[str] = Counter()
+    found = Found()
     if train_folder is None or not visible_folders(train_folder):
-        train = _scan(root, root, others)
+        train = _scan(root, root, found)
         _require_two(root, train)
-        return _raw(root, channels, train, None, None, [*_stray(root), *passed_over(others)])
+        notes = [*_stray(root), *_runs_beside(root), *passed_over(found.others), *_alike(train)]
+        return _raw(root, channels, train, None, None, [*notes, *_linked(root, found, train)])
     test_folder = next((parts[name] for name in _TEST if name in parts), None)
     validation_folder = next((parts[name] for name in _VALIDATION if name in parts), None)
     notes = _stray(train_folder)
@@ -60,19 +65,19 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
         notes.append(
             f"Only {test_folder.name}/ stands beside train/: it is the held-out test split, so choose no setting by it."
         )
-    train = _scan(train_folder, root, others)
+    train = _scan(train_folder, root, found)
     _require_two(train_folder, train)
-    test = None if test_folder is None else _scan(test_folder, root, others)
-    validation = None if validation_folder is None else _scan(validation_folder, root, others)
-    notes += passed_over(others)
-    for folder, found in ((test_folder, test), (validation_folder, validation)):
-        if folder is None or found is None:
+    test = None if test_folder is None else _scan(test_folder, root, found)
+    validation = None if validation_folder is None else _scan(validation_folder, root, found)
+    notes += [*passed_over(found.others), *_alike(train), *_linked(root, found, train, test, validation)]
+    for folder, classes in ((test_folder, test), (validation_folder, validation)):
+        if folder is None or classes is None:
             continue
-        if extra := sorted(set(found) - set(train)):
+        if extra := sorted(set(classes) - set(train)):
             raise UserError(
                 f"{folder} has the class {_listed(extra)}, which {train_folder} lacks; the classes must agree"
             )
-        if missing := sorted(set(train) - set(found)):
+        if missing := sorted(set(train) - set(classes)):
             notes.append(f"{folder.name}/ has no image of the class {_listed(missing)}.")
     return _raw(root, channels, train, validation, test, notes)
 
@@ -86,8 +91,48 @@ def choose_image_size(source: FileSource, large: int = LARGE_SIZE, sample: int =
     return size if size <= SMALL else large
 
 
+@dataclass(eq=False)
+class Found:
+    """What a search for images met besides them: other files by their endings, and whether any link."""
+
+    others: Counter[str] = field(default_factory=Counter)
+    links: bool = False
+
+
 def visible_folders(folder: Path) -> list[Path]:
-    return sorted((entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name)), key=_name)
+    try:
+        return sorted((entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name)), key=_name)
+    except OSError as error:
+        raise _not_to_be_read(error) from error
+
+
+def _not_to_be_read(error: OSError) -> UserError:
+    """Images below it would be missing without a word."""
+    return UserError(f"the folder {error.filename} cannot be read ({error.strerror}); give it read permission")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is the directory of a run: before anything is written it has its lock alone."""
+    if all((folder / name).exists() for name in ("config.yaml", "settings.json")):
+        return True
+    return (folder / ".lock").exists() and sum(1 for _ in folder.iterdir()) == 1
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether a folder is the directory of a run, or has some and no image: `runs/` may stand beside the classes."""
+    if _is_run(folder):
+        return True
+    found = False
+    try:
+        with os.scandir(folder) as entries:  # is_dir without a look at each of perhaps 100,000 files
+            for entry in entries:
+                if entry.is_dir():
+                    found = found or _is_run(Path(entry.path))
+                elif _is_image(entry.name):
+                    return False
+    except OSError as error:
+        raise _not_to_be_read(error) from error
+    return found
 
 
 def _name(path: Path) -> str:
@@ -106,34 +151,54 @@ def _is_image(name: str) -> bool:
     return not _hidden(name) and _ending(name) in IMAGE_ENDINGS
 
 
-def images_below(folder: Path, others: Counter[str] | None = None) -> list[str]:
-    """Paths relative to `folder`, with forward slashes, of the images at any depth, sorted; what is hidden is left out.
+def images_below(folder: Path, found: Found) -> list[str]:
+    """Paths relative to `folder`, with forward slashes, of the images at any depth, sorted; what is hidden is left out,
+    and what belongs to a run of otmix.
 
-    Links are followed, but no folder is visited twice. `others` counts the other files by their endings.
+    Links are followed, but no folder is visited twice. `found` is told of the rest. Raises UserError for a folder that
+    may not be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise _not_to_be_read(error) from error
+
     paths: list[str] = []
     visited = {folder.resolve()}
-    for directory, below, files in os.walk(folder, followlinks=True):
+    for directory, below, files in os.walk(folder, onerror=refuse, followlinks=True):
         here = Path(directory)
         kept = []
         for name in sorted(below):
-            if not _hidden(name) and (real := (here / name).resolve()) not in visited:
+            if _hidden(name) or _is_run(here / name):
+                continue
+            real = (here / name).resolve()
+            if real not in visited:
                 visited.add(real)
                 kept.append(name)
+            found.links |= (here / name).is_symlink()
         below[:] = kept
         inside = "" if here == folder else f"{here.relative_to(folder).as_posix()}/"
-        paths += [f"{inside}{name}" for name in files if _is_image(name)]
-        if others is not None:
-            others.update(_ending(name) for name in files if not _hidden(name) and not _is_image(name))
+        for name in files:
+            if _hidden(name):
+                continue
+            mode = os.lstat(os.path.join(directory, name)).st_mode  # noqa: PTH118 (100,000 Paths are slow)
+            found.links |= stat.S_ISLNK(mode)
+            # whoever opened a pipe would wait for ever
+            if _is_image(name) and (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+                paths.append(f"{inside}{name}")
+            else:
+                found.others[_ending(name)] += 1
     return sorted(paths)
 
 
-def _scan(folder: Path, root: Path, others: Counter[str]) -> dict[str, list[str]]:
+def _scan(folder: Path, root: Path, found: Found) -> dict[str, list[str]]:
     """Class name -> sorted paths of its images relative to `root`."""
     classes = {}
     for class_folder in visible_folders(folder):
+        if _holds_runs(class_folder):
+            continue
+        found.links |= class_folder.is_symlink()
         inside = class_folder.relative_to(root).as_posix()
-        paths = [f"{inside}/{path}" for path in images_below(class_folder, others)]
+        paths = [f"{inside}/{path}" for path in images_below(class_folder, found)]
         if not paths:
             endings = " ".join(sorted(IMAGE_ENDINGS))
             raise UserError(
@@ -147,9 +212,45 @@ def _scan(folder: Path, root: Path, others: Counter[str]) -> dict[str, list[str]
 
 def _require_two(folder: Path, classes: dict[str, list[str]]) -> None:
     if len(classes) < 2:
-        raise UserError(
-            f"{folder} holds only the class '{next(iter(classes))}'; there must be at least two to tell apart"
-        )
+        only = next(iter(classes))
+        inner = [inside.name for inside in visible_folders(folder / only)]
+        wrapped = len(inner) > 1 or any(name.lower() in _TRAIN for name in inner)
+        hint = f"; did you mean --root {folder / only}?" if wrapped else ""
+        raise UserError(f"{folder} holds only the class '{only}'; there must be at least two to tell apart{hint}")
+    printed = Counter(map(printable, classes))
+    if twice := [name for name, n in printed.items() if n > 1]:
+        raise UserError(f"{folder} has two classes that are written '{twice[0]}'; rename one of the folders")
+
+
+def _runs_beside(folder: Path) -> list[str]:
+    names = [inside.name for inside in visible_folders(folder) if _holds_runs(inside)]
+    return [f"The folder {_listed(names)} holds runs of otmix and is no class."] if names else []
+
+
+def _alike(classes: dict[str, list[str]]) -> list[str]:
+    """Names that differ in capitals or spaces only may be one class by a slip."""
+    same: dict[str, list[str]] = {}
+    for name in classes:
+        same.setdefault(" ".join(name.casefold().split()), []).append(name)
+    return [
+        f"The classes {_listed(names)} differ in capitals or spaces only: are they one?"
+        for names in same.values()
+        if len(names) > 1
+    ]
+
+
+def _linked(root: Path, found: Found, *splits: dict[str, list[str]] | None) -> list[str]:
+    """One image behind two names may be trained and tested on."""
+    if not found.links:
+        return []
+    paths = [path for split in splits if split is not None for paths in split.values() for path in paths]
+    files = Counter(os.path.realpath(root / path) for path in paths)
+    again = sum(n > 1 for n in files.values())
+    return (
+        [f"Links lead to {counted(again, 'image')} more than once: a class or a split may hold what another holds too."]
+        if again
+        else []
+    )
 
 
 def _stray(folder: Path) -> list[str]:

@@ -138,7 +138,7 @@ def _reused(method: str, seed: int, config: RunConfig, dataset: ImageDataset | N
     other = [
         f"{key}: {done.get(key)} there, {value} asked for"
         for key, value in asked.items()
-        if value is not None and value != done.get(key)
+        if key != "root" and value is not None and value != done.get(key)
     ]
     if other:
         raise UserError(

@@ -161,12 +161,19 @@ def write_records(
 
 def record_root(run_dir: Path, root: str | None) -> None:
     """Note where the data of a run are now, so that `--resume` and `evaluate` find them without being told again."""
-    config = read_config(run_dir)
-    if config.root != root:
-        _write_config(run_dir, replace(config, root=root))
+    before = read_config(run_dir)
+    now = _placed(replace(before, root=root))
+    if now != before:
+        _write_config(run_dir, now)
+
+
+def _placed(config: RunConfig) -> RunConfig:
+    """With the folder of the data as it is called from anywhere: the run may be used from another one."""
+    return config if config.root is None else replace(config, root=os.path.abspath(config.root))  # noqa: PTH100 (keeps links)
 
 
 def _write_config(run_dir: Path, config: RunConfig) -> None:
+    config = _placed(config)
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
 
 

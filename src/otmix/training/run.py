@@ -98,6 +98,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("a")
@@ -120,7 +121,8 @@ def alone_in(run_dir: Path) -> Iterator[None]:
             if not (run_dir / "config.yaml").exists():  # nothing was begun, so nothing is left behind
                 (run_dir / ".lock").unlink(missing_ok=True)
                 with suppress(OSError):
-                    run_dir.rmdir()
+                    for folder in made:
+                        folder.rmdir()
 
 
 def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
