@@ -73,6 +73,8 @@ def _save_arrays(run: RunState, labels: Tensor, probabilities: Tensor, pairs: di
     arrays: dict[str, Any] = {
         "index": np.arange(len(labels)),
         "labels": labels.cpu().numpy(),
+        # of the float16 below the largest two may be equal, and the first is not always the one that was counted
+        "predicted": probabilities.max(1).indices.numpy(),
         "probabilities": probabilities.half().numpy(),
     }
     _write_npz(run.run_dir / "predictions.npz", arrays)
