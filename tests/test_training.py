@@ -42,6 +42,7 @@ from otmix.training.records import command
 from otmix.training.schedules import Schedule
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import LossParts, StepItems, StepState, mix_and_classify
+from otmix.training.watching import evaluate
 from otmix.transport import batched
 from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Items, Plan
 
@@ -388,6 +389,17 @@ def evaluated(run_dir: Path) -> float:
         images = store.fetch(Items(dataset.test.labels, torch.arange(len(dataset.test))), None).images
         probabilities = run.criterion.probabilities(run.model(images))
     return evaluate_predictions(probabilities, dataset.test.labels, run.counts).top1_error
+
+
+def test_progress_costs_no_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, method="erm", validation_per_class=2)
+    run, plan = built(config, tmp_path), prepare(config, load_data(config))
+    assert plan.dataset.validation is not None
+    store = plan.store("validation", run.fabric)
+    labels = plan.dataset.validation.labels
+    whole, _ = evaluate(run, plan, store, Items(labels, torch.arange(len(labels))))
+    monkeypatch.delattr("otmix.training.evaluate.evaluate_predictions")
+    assert run.watch(run, False)["validation_error"] == whole.top1_error
 
 
 @pytest.mark.usefixtures("no_pictures")
