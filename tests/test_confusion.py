@@ -185,6 +185,7 @@ def test_a_sparse_matrix_is_made_wrong_as_a_dense_one(k: int, shuffle: float, no
     got = perturb(sparse, shuffle, noise, drawn(3))
     assert torch.equal(got.matrix.to_dense(), perturb(true, shuffle, noise, drawn(3)).matrix)
     assert got.matrix.is_sparse == (noise == 0)
+    assert noise > 0 or got.matrix.is_coalesced(), "else each step would coalesce it again"
     rows, columns = torch.arange(k), torch.arange(k).flip(0)
     assert torch.equal(got.lookup(rows, columns), perturb(true, shuffle, noise, drawn(3)).lookup(rows, columns))
 
