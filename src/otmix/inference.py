@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from otmix.data import IMAGE_ENDINGS, FileSource, open_store, to_square
+from otmix.data import IMAGE_ENDINGS, FileSource, items_of, open_store, to_square
 from otmix.data.decoding import in_threads
 from otmix.data.folder import images_below, passed_over
 from otmix.data.resizing import side_needed
@@ -22,7 +22,6 @@ from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
 from otmix.files import printable
 from otmix.training import Run, open_run
-from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
 from otmix.training.launch import make_fabric
 from otmix.training.reporter import Reporter, Silent
@@ -185,7 +184,7 @@ def evaluate_run(
         run.model,
         run.criterion,
         store,
-        as_items(source.labels),
+        items_of(source),
         run.counts,
         size,
         reporter.looking,

@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 Looked = Callable[[int, int], None]
 """Hears how many images of how many a model has looked at."""
 
-STREAM_DECAY = 0.9
-"""What a streamed count keeps from one epoch to the next: about ten epochs of memory, so that classes met once in two
-batches have a row.
-"""
-
 
 @dataclass(frozen=True, eq=False)
 class ConfusionSource:
@@ -104,8 +99,3 @@ def balanced_subset(labels: Tensor, counts: ClassCounts, per_class: int, seed: i
     order = torch.randperm(labels.shape[0], generator=generator(seed, "balanced-subset"))
     index = order[torch.cat([places[:per_class] for places in places_by_class(labels[order], counts.num_classes)])]
     return Items(labels[index], index)
-
-
-def as_items(labels: Tensor) -> Items:
-    """All images of a split."""
-    return Items(labels, torch.arange(labels.shape[0]))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otmix.data import ImageStore
+from otmix.data import ImageStore, items_of
 from otmix.evaluation import Evaluation, top1_error
 from otmix.files import write_atomic
 from otmix.randomness import generator
-from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items, predict_items
 from otmix.training.loop import RunState
 from otmix.training.reporter import Reporter
@@ -43,8 +42,8 @@ def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore, reporter
     splits: list[Watched] = []
 
     def whole(split: str) -> Watched:
-        labels = split_of(dataset, split).labels
-        return Watched(f"{split}_error", plan.store(split, fabric, reporter.loading), as_items(labels))
+        items = items_of(split_of(dataset, split))
+        return Watched(f"{split}_error", plan.store(split, fabric, reporter.loading), items)
 
     if dataset.validation is not None:
         splits.append(whole("validation"))
