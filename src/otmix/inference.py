@@ -25,7 +25,7 @@ from otmix.training import Run, open_run
 from otmix.training.evaluate import evaluate_items
 from otmix.training.launch import make_fabric
 from otmix.training.reporter import Reporter, Silent
-from otmix.training.setup import load_data, split_of
+from otmix.training.setup import load_data, looking_batch, split_of
 from otmix.types import Batch, Items
 
 if TYPE_CHECKING:
@@ -178,7 +178,6 @@ def evaluate_run(
     fabric = _place(run, device)
     workers = config.workers
     store = open_store(source, dataset, fabric.device, train=False, workers=workers, progress=reporter.loading)
-    size = 512 if dataset.small else config.batch_size or 1  # as the run itself: another batch size may round otherwise
     evaluation, _ = evaluate_items(
         fabric,
         run.model,
@@ -186,7 +185,7 @@ def evaluate_run(
         store,
         items_of(source),
         run.counts,
-        size,
+        looking_batch(config, dataset),
         reporter.looking,
         many=config.many_above,
         few=config.few_below,

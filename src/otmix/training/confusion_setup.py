@@ -55,7 +55,7 @@ def _source(plan: Plan, fabric: Fabric, train_store: ImageStore, progress: Looke
         shuffle, noise = protocol.confusion_shuffle, protocol.confusion_noise
         return perturb(found, shuffle, noise, generator(config.seed, "wrong-confusion"))
 
-    size = looking_batch(plan, fabric)
+    size = looking_batch(config, dataset)
     source = partial(ConfusionSource, fabric, counter, batch_size=size, perturb=wrong, progress=progress)
     if streamed:
         return source()

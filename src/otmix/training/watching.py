@@ -81,7 +81,7 @@ def error_on(run: RunState, plan: Plan, split: Watched) -> float:
         run.state.criterion,
         split.store,
         split.items,
-        looking_batch(plan, run.fabric),
+        looking_batch(plan.config, plan.dataset),
         run.reporter.looking,
     )
     return top1_error(probabilities, split.items.labels)
@@ -95,7 +95,7 @@ def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tupl
         store,
         items,
         plan.dataset.counts,
-        looking_batch(plan, run.fabric),
+        looking_batch(plan.config, plan.dataset),
         run.reporter.looking,
         many=plan.config.many_above,
         few=plan.config.few_below,
