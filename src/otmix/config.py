@@ -74,7 +74,8 @@ class RunConfig:
         num_nodes: machines.
         precision: number format of the training step.
         compile: compile the model with torch.compile.
-        workers: processes that read images where they are not kept in memory.
+        workers: processes that read images where they are not kept in memory, so many for each stream and device;
+            OTmix, CMO and BBN, for example, have two streams (0: the training process reads them itself).
         checkpoint_minutes: a checkpoint is written at the end of each epoch, and after this many minutes within one.
         out: folder of the run (default: under $OTMIX_RUNS or ./runs, named after what it is).
         resume: go on with the run in `out`; start it if there is none.
