@@ -191,6 +191,23 @@ def test_the_shares_are_those_of_the_schedules(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [
+        ("erm", {}),
+        ("ce+cutmix", {"within-batch": 2 * IMAGES}),
+        ("ce+confusion", {"index": IMAGES, "confusion": IMAGES}),
+    ],
+)
+def test_pairs_are_kept_by_the_rule_that_made_them(method: str, rules: dict[str, int], tmp_path: Path) -> None:
+    """Before F is known, the confusion pairs at random."""
+    changed = Overrides(mix_from=0.0, mix_until=1.0, mix_probability=1.0) if rules else Overrides()
+    run_dir = train(replace(TINY, method=method, epochs=2, set=changed, out=str(tmp_path / "run")))
+    with np.load(run_dir / "pairs.npz") as pairs:
+        assert {rule: int(pairs[rule].sum()) for rule in pairs.files} == rules
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_transport_takes_over(tmp_path: Path) -> None:
     config = replace(TINY, protocol="paper", set=Overrides(), epochs=20, backbone="resnet8", out=str(tmp_path / "run"))
     rows = log(train(config))
