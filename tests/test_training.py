@@ -423,6 +423,8 @@ def test_progress_costs_no_whole_evaluation(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_watched(tmp_path: Path) -> None:
     probed = log(train(replace(TINY, method="erm", evaluate_every=2, out=str(tmp_path / "probed"))))
     assert [row["probe_error"] is not None for row in probed] == [False, True, True]  # always after the last epoch
+    train(replace(TINY, method="erm", out=str(tmp_path / "each")))
+    assert weights(tmp_path / "probed") == weights(tmp_path / "each")
     assert all(row["validation_error"] is None and row["test_error"] is None for row in probed)
     config = replace(TINY, method="erm", validation_per_class=2, final_split="validation", out=str(tmp_path / "val"))
     run_dir = train(config)

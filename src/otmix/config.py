@@ -16,11 +16,12 @@ from otmix.protocols import Overrides, Protocol, ProtocolName
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
-# may `root`, but two folders of images make two runs, which their names must tell apart
 ADDED = {"many_above": 100, "few_below": 20}
 """Settings that older runs do not know, with the values these had: they keep their names."""
 
+# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
+# may `root`, but two folders of images make two runs, which their names must tell apart; `evaluate_every` decides no
+# weight either, but which errors the log has, and runs and results that there are already have it in their names
 NOT_IDENTITY = ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download")
 
 
