@@ -99,6 +99,43 @@ def test_count_table_round_trips_and_refuses_another_size() -> None:
         CountTable(3).value = torch.zeros(2, 2)
 
 
+@pytest.mark.parametrize("reads", [(3,), (0, 1, 2, 3, 4, 5, 6), (5, 6)])
+def test_reading_a_sparse_table_meanwhile_changes_no_bit_of_it(reads: tuple[int, ...]) -> None:
+    """A checkpoint reads it whenever the clock says so. 2,000 soft counts in each step fall into few cells, whose sum
+    depends on its order.
+    """
+    once, often = CountTable(2000), CountTable(2000)
+    exact = torch.zeros(2000, 2000, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for step in range(8):
+        rows, columns = torch.randint(1997, 2000, (2, 2000), generator=g)
+        values = torch.rand(2000, generator=g)
+        exact.index_put_((rows, columns), values.double(), accumulate=True)
+        for table in (once, often):
+            table.add(rows, columns, values)
+        if step in reads:
+            resumed = CountTable(2000)
+            resumed.value = often.value
+            often = resumed
+    assert once.value.is_coalesced()
+    assert torch.equal(once.value.indices(), often.value.indices())
+    assert torch.equal(once.value.values(), often.value.values())
+    torch.testing.assert_close(once.value.to_dense(), exact.float())
+
+
+def test_a_sparse_table_sums_in_the_order_of_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = CountTable(5)
+    monkeypatch.setattr(counting, "SPARSE_ABOVE", 4)
+    sparse = CountTable(5)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        rows, columns = torch.randint(3, (2, 500), generator=g)
+        values = torch.rand(500, generator=g)
+        for table in (dense, sparse):
+            table.add(rows, columns, values)
+    assert torch.equal(sparse.value.to_dense(), dense.value)
+
+
 def test_rows_are_normalised_without_nan() -> None:
     counts = torch.tensor([[2.0, 2.0], [0.0, 0.0]])
     assert normalise_rows(counts).tolist() == [[0.5, 0.5], [0, 0]]
@@ -148,6 +185,7 @@ def test_a_sparse_matrix_is_made_wrong_as_a_dense_one(k: int, shuffle: float, no
     got = perturb(sparse, shuffle, noise, drawn(3))
     assert torch.equal(got.matrix.to_dense(), perturb(true, shuffle, noise, drawn(3)).matrix)
     assert got.matrix.is_sparse == (noise == 0)
+    assert noise > 0 or got.matrix.is_coalesced(), "else each step would coalesce it again"
     rows, columns = torch.arange(k), torch.arange(k).flip(0)
     assert torch.equal(got.lookup(rows, columns), perturb(true, shuffle, noise, drawn(3)).lookup(rows, columns))
 

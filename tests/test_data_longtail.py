@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from otmix.data import choose_subset, long_tail_counts, split_by_class
 from otmix.data.longtail import largest_head, shuffled_classes
 from otmix.errors import UserError
+from otmix.randomness import generator
 
 CIFAR10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
@@ -139,6 +140,22 @@ def test_subsets_never_overlap_or_empty_a_class(
         assert validation is None
 
 
+SOME_LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(torch.tensor)
+
+
+@given(SOME_LABELS, st.integers(0, 5))
+def test_classes_are_shuffled_as_by_a_search_for_each(labels: torch.Tensor, seed: int) -> None:
+    """Classes 7 and 8 have no image."""
+    random = np.random.RandomState(seed)
+    shuffled = shuffled_classes(labels, 9, seed)
+    assert len(shuffled) == 9
+    for k, found in enumerate(shuffled):
+        places = np.flatnonzero(labels.numpy() == k)
+        random.shuffle(places)
+        assert found.dtype == torch.int64
+        assert found.tolist() == places.tolist()
+
+
 def test_validation_does_not_change_the_training_subset() -> None:
     labels = torch.arange(3).repeat_interleave(50)
     alone, _ = choose_subset(labels, 3, imbalance=10, max_per_class=40)
@@ -189,6 +206,20 @@ def test_split_by_class_keeps_everything_once(sizes: list[int], fraction: float,
     out = torch.bincount(labels[held], minlength=len(sizes)).tolist()
     assert out == [min(max(round(fraction * n), 1), n - 1) for n in sizes]
     assert all(torch.equal(a, b) for a, b in zip((kept, held), split_by_class(labels, names, fraction, seed)))
+
+
+@given(SOME_LABELS, st.floats(0.01, 0.99), st.integers(0, 5))
+def test_classes_are_split_as_by_a_search_for_each(labels: torch.Tensor, fraction: float, seed: int) -> None:
+    labels = torch.cat([labels, torch.arange(7).repeat(2)])
+    random = generator(seed, "test split")
+    held: list[int] = []
+    for k in range(7):
+        places = torch.nonzero(labels == k).flatten()
+        n = len(places)
+        held += places[torch.randperm(n, generator=random)][: min(max(round(fraction * n), 1), n - 1)].tolist()
+    kept, out = split_by_class(labels, tuple("abcdefg"), fraction, seed)
+    assert out.tolist() == sorted(held)
+    assert kept.tolist() == sorted(set(range(len(labels))) - set(held))
 
 
 def test_split_depends_on_the_seed() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from otmix.config import RunConfig
 from otmix.data import (
     ArraySource,
     HeldStore,
@@ -181,8 +182,14 @@ def test_fetching_does_not_change_what_is_held(arrays: ArraySource) -> None:
 
 
 def test_two_streams_at_once(arrays: ArraySource) -> None:
+    """Each has workers of its own, as --workers says."""
     store = WorkerStore(arrays, 16, "cpu", workers=1)
-    pairs = list(zip(store.stream(requests_of(arrays)), store.stream(requests_of(arrays)), strict=True))
+    before, most, pairs = set(multiprocessing.active_children()), 0, []
+    for pair in zip(store.stream(requests_of(arrays)), store.stream(requests_of(arrays)), strict=True):
+        pairs.append(pair)
+        most = max(most, len(set(multiprocessing.active_children()) - before))
+    assert most == 2
+    assert "so many for each stream and device" in str(RunConfig.__doc__)
     assert len(pairs) == len(REQUESTS)
     assert all(torch.equal(a.images, b.images) for a, b in pairs)
 
@@ -233,7 +240,7 @@ def test_a_worker_that_is_killed_while_it_is_waited_for_is_one_sentence(arrays: 
 
     source = Endless(arrays.images, arrays.labels)
     threading.Thread(target=kill).start()
-    with pytest.raises(UserError, match=r"has died .*--workers 0") as caught:
+    with pytest.raises(UserError, match=r"has died .*for each stream.*--workers 0") as caught:
         next(WorkerStore(source, 16, "cpu", workers=1).stream([(items_of(source), None)]))
     assert "\n" not in str(caught.value)
 

@@ -15,6 +15,7 @@ from otmix.evaluation import (
     evaluate_predictions,
     expected_calibration_error,
     predict_probabilities,
+    top1_error,
 )
 from otmix.models import build_model
 from otmix.types import Batch, ClassCounts, Items, Output
@@ -215,3 +216,19 @@ def test_arrays_and_lists_are_taken_as_tensors_but_no_fractions_as_labels() -> N
     assert evaluate_predictions(said.tolist(), labels.tolist(), None).to_dict() == want  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class numbers, integers, not"):
         evaluate_predictions(said, labels + 0.5, None)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=5, max_size=5), min_size=1, max_size=20),
+    st.integers(0, 99),
+)
+def test_the_error_alone_is_that_of_the_whole_evaluation(rows: list[list[float]], seed: int) -> None:
+    """Ties too are decided alike."""
+    labels = torch.randint(5, (len(rows),), generator=torch.Generator().manual_seed(seed))
+    assert top1_error(torch.tensor(rows), labels) == evaluate_predictions(torch.tensor(rows), labels, None).top1_error
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1, math.inf])
+def test_the_error_alone_wants_probabilities_too(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"probabilities must be within \[0, 1\]"):
+        top1_error(torch.tensor([[0.5, wrong]]), torch.tensor([0]))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from otmix.cli import main
 from otmix.config import RunConfig
-from otmix.data import FileSource, load_dataset, open_store
+from otmix.data import FileSource, ImageDataset, ImageStore, load_dataset, open_store
 from otmix.errors import UserError
 from otmix.inference import (
     Prediction,
@@ -32,8 +32,9 @@ from otmix.inference import (
 )
 from otmix.protocols import Overrides
 from otmix.training import open_run, train
+from otmix.training.confusion_source import Looked, batches_of
 from otmix.training.setup import load_data
-from otmix.types import Items
+from otmix.types import Batch, Items
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -120,6 +121,26 @@ def test_predictions_have_the_probabilities_of_the_loss(
 def test_the_evaluation_can_be_repeated_exactly(run: Path) -> None:
     expected = json.loads((run / "result.json").read_text())["evaluation"]
     assert evaluate_run(run, device="cpu") == {"split": "test", **expected}
+
+
+def test_as_many_images_are_looked_at_together_as_in_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes each had half a batch of larger images; here these are small ones that are called large."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    text = (copy / "config.yaml").read_text()
+    assert "devices: 1\n" in text
+    (copy / "config.yaml").write_text(text.replace("devices: 1\n", "devices: 2\n"))
+    monkeypatch.setattr(ImageDataset, "small", False)
+    sizes: list[int] = []
+
+    def spied(store: ImageStore, items: Items, size: int, progress: Looked | None) -> Iterator[Batch]:
+        sizes.append(size)
+        return batches_of(store, items, size, progress)
+
+    monkeypatch.setattr("otmix.training.evaluate.batches_of", spied)
+    evaluate_run(copy, device="cpu")
+    assert sizes == [9 // 2]
 
 
 def test_the_validation_split_can_be_evaluated(run: Path) -> None:

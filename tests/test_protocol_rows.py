@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
@@ -14,15 +16,16 @@ from otmix.errors import UserError
 from otmix.files import write_json
 from otmix.pairing import PairingContext
 from otmix.protocols import Overrides
-from otmix.randomness import Moment
+from otmix.randomness import Moment, generator
 from otmix.training.build import build_run
+from otmix.training.confusion_source import balanced_subset
 from otmix.training.launch import make_fabric
 from otmix.training.loop import RunState
 from otmix.training.records import data_record
 from otmix.training.reporter import Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import StepItems
-from otmix.types import Batch, Confusion, ConfusionOrigin, Items, Mixed, Output
+from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Items, Mixed, Output
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,17 @@ def test_balanced_subset_has_as_many_of_each_class_as_there_are(digits: ImageDat
     assert run.confusion_source.items is not None
     got = torch.bincount(run.confusion_source.items.labels, minlength=10)
     assert torch.equal(got, digits.counts.counts.clamp_max(12))
+
+
+@given(st.lists(st.integers(0, 5), max_size=50), st.integers(1, 8), st.integers(0, 5))
+def test_the_balanced_subset_is_that_of_a_search_for_each_class(labels: list[int], per_class: int, seed: int) -> None:
+    every = torch.tensor([*labels, 5, 4, 3, 2, 1, 0])
+    order = torch.randperm(len(every), generator=generator(seed, "balanced-subset"))
+    want = torch.cat([order[every[order] == k][:per_class] for k in range(6)])
+    found = balanced_subset(every, ClassCounts.from_labels(every), per_class, seed)
+    assert found.index is not None
+    assert found.index.tolist() == want.tolist()
+    assert found.labels.tolist() == every[want].tolist()
 
 
 def test_the_balanced_subset_is_drawn_by_the_seed(digits: ImageDataset, tmp_path: Path) -> None:

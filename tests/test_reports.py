@@ -341,14 +341,14 @@ def test_confusion_figure(classes: int) -> None:
 
 def test_pair_counts_figure() -> None:
     index, transport = np.array([[3, 1], [1, 1]]), np.array([[0, 5], [5, 0]])
-    figure = figures.pair_counts_figure(index, transport, ["a", "b"])
+    figure = figures.pair_counts_figure({"at random": index, "by transport": transport}, ["a", "b"])
     assert len(figure.axes) == 2
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.75, 0.25], [0.5, 0.5]])
     assert any("6 pairs" in text for text in texts(figure))
-    alone = figures.pair_counts_figure(index, 0 * transport, ["a", "b"])
+    alone = figures.pair_counts_figure({"at random": index, "by transport": 0 * transport}, ["a", "b"])
     assert len(alone.axes) == 1
     with pytest.raises(ValueError, match="no pair"):
-        figures.pair_counts_figure(0 * index, 0 * transport, ["a", "b"])
+        figures.pair_counts_figure({"at random": 0 * index}, ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -362,9 +362,26 @@ def test_pair_counts_figure() -> None:
 def test_pairs_are_told_by_what_found_them(
     method: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Older runs have under "index" whatever transport did not choose, and a table of transport in any case."""
     monkeypatch.setattr(figures, "png_bytes", lambda figure: "|".join(texts(figure)).encode())
     *_, pairs = mixing_pictures(read_run(fake_run(tmp_path / "run", 2, method=method)))
     assert f"|{title}\n" in pairs.png.decode()
+
+
+def test_pairs_are_told_by_the_rule_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before F is known, a run that pairs by it pairs at random."""
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: "|".join(texts(figure)).encode())
+    run, counts = fake_run(tmp_path / "run", 2, method="ce+confusion"), np.ones((2, 2), dtype=np.int64)
+    np.savez(run / "pairs.npz", mine=counts, confusion=2 * counts, index=3 * counts)
+    *_, pairs = mixing_pictures(read_run(run))
+    titles = [text for text in pairs.png.decode().split("|") if " pairs, " in text]
+    assert [title.partition(" pairs")[0] for title in titles] == [
+        "random background\n12",
+        "background by the confusion\n8",
+        "mine\n4",
+    ]
+    np.savez(run / "pairs.npz")  # nothing was mixed
+    assert len(list(mixing_pictures(read_run(run)))) == 2
 
 
 @pytest.mark.parametrize(("classes", "pictures"), [(400, 3), (401, 2)])

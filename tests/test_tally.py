@@ -1,5 +1,7 @@
 """What the log is told of an epoch, against sums by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,7 +40,20 @@ def test_two_steps_of_transport() -> None:
     assert int(tally.bad_step) == -1
     foreground_by_background = tally.pairs["transport"].value
     assert foreground_by_background.tolist() == [[0, 0, 0], [6, 0, 0], [0, 0, 0]]
-    assert not tally.pairs["index"].value.any()
+    assert list(tally.pairs) == ["transport"]
+
+
+@pytest.mark.parametrize("by", ["index", "within-batch", "confusion", "transport", "mine"])
+def test_pairs_are_counted_under_the_rule_that_made_them(by: str) -> None:
+    tally, other = (Tally(3, torch.device("cpu")) for _ in range(2))
+    parts = step(1.0, [0, 1], error=0.1)
+    assert parts.mixed.pairs is not None
+    for rule in ("transport", by):
+        tally.add(replace(parts, mixed=replace(parts.mixed, pairs=replace(parts.mixed.pairs, by=rule))), 0)
+    other.load_state_dict(tally.state_dict())
+    for one in (tally, other):
+        found = {rule: int(table.value.sum()) for rule, table in one.pairs.items()}
+        assert found == ({"transport": 4} if by == "transport" else {"transport": 2, by: 2})
 
 
 def test_the_first_loss_that_is_not_finite_is_remembered() -> None:

@@ -42,6 +42,7 @@ from otmix.training.records import command
 from otmix.training.schedules import Schedule
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import LossParts, StepItems, StepState, mix_and_classify
+from otmix.training.watching import evaluate
 from otmix.transport import batched
 from otmix.types import Batch, ClassCounts, Confusion, ConfusionOrigin, Items, Plan
 
@@ -187,6 +188,23 @@ def test_the_shares_are_those_of_the_schedules(tmp_path: Path) -> None:
     pairs = np.load(run_dir / "pairs.npz")
     assert pairs["transport"].sum() == transported_in_all > 0
     assert pairs["index"].sum() == mixed_in_all - transported_in_all > 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [
+        ("erm", {}),
+        ("ce+cutmix", {"within-batch": 2 * IMAGES}),
+        ("ce+confusion", {"index": IMAGES, "confusion": IMAGES}),
+    ],
+)
+def test_pairs_are_kept_by_the_rule_that_made_them(method: str, rules: dict[str, int], tmp_path: Path) -> None:
+    """Before F is known, the confusion pairs at random."""
+    changed = Overrides(mix_from=0.0, mix_until=1.0, mix_probability=1.0) if rules else Overrides()
+    run_dir = train(replace(TINY, method=method, epochs=2, set=changed, out=str(tmp_path / "run")))
+    with np.load(run_dir / "pairs.npz") as pairs:
+        assert {rule: int(pairs[rule].sum()) for rule in pairs.files} == rules
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -390,10 +408,23 @@ def evaluated(run_dir: Path) -> float:
     return evaluate_predictions(probabilities, dataset.test.labels, run.counts).top1_error
 
 
+def test_progress_costs_no_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, method="erm", validation_per_class=2)
+    run, plan = built(config, tmp_path), prepare(config, load_data(config))
+    assert plan.dataset.validation is not None
+    store = plan.store("validation", run.fabric)
+    labels = plan.dataset.validation.labels
+    whole, _ = evaluate(run, plan, store, Items(labels, torch.arange(len(labels))))
+    monkeypatch.delattr("otmix.training.evaluate.evaluate_predictions")
+    assert run.watch(run, False)["validation_error"] == whole.top1_error
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_what_is_watched(tmp_path: Path) -> None:
     probed = log(train(replace(TINY, method="erm", evaluate_every=2, out=str(tmp_path / "probed"))))
     assert [row["probe_error"] is not None for row in probed] == [False, True, True]  # always after the last epoch
+    train(replace(TINY, method="erm", out=str(tmp_path / "each")))
+    assert weights(tmp_path / "probed") == weights(tmp_path / "each")
     assert all(row["validation_error"] is None and row["test_error"] is None for row in probed)
     config = replace(TINY, method="erm", validation_per_class=2, final_split="validation", out=str(tmp_path / "val"))
     run_dir = train(config)

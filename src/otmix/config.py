@@ -16,11 +16,12 @@ from otmix.protocols import Overrides, Protocol, ProtocolName
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
-# may `root`, but two folders of images make two runs, which their names must tell apart
 ADDED = {"many_above": 100, "few_below": 20}
 """Settings that older runs do not know, with the values these had: they keep their names."""
 
+# what may differ between a run and its continuation: where and how it is computed and shown, not what is computed; so
+# may `root`, but two folders of images make two runs, which their names must tell apart; `evaluate_every` decides no
+# weight either, but which errors the log has, and runs and results that there are already have it in their names
 NOT_IDENTITY = ("out", "resume", "workers", "checkpoint_minutes", "accelerator", "download")
 
 
@@ -74,7 +75,8 @@ class RunConfig:
         num_nodes: machines.
         precision: number format of the training step.
         compile: compile the model with torch.compile.
-        workers: processes that read images where they are not kept in memory.
+        workers: processes that read images where they are not kept in memory, so many for each stream and device;
+            OTmix, CMO and BBN, for example, have two streams (0: the training process reads them itself).
         checkpoint_minutes: a checkpoint is written at the end of each epoch, and after this many minutes within one.
         out: folder of the run (default: under $OTMIX_RUNS or ./runs, named after what it is).
         resume: go on with the run in `out`; start it if there is none.

@@ -38,6 +38,11 @@ def perturb(confusion: Confusion, shuffle: float, noise: float, generator: torch
     return Confusion(matrix, replace(confusion.origin, perturbed=True))
 
 
+STREAM_DECAY = 0.9
+"""What a streamed count keeps from one epoch to the next: about ten epochs of memory, so that classes met once in two
+batches have a row.
+"""
+
 SOFT_TOP = 16
 """How many of an image's largest class probabilities a soft count keeps where the table is sparse."""
 

@@ -48,9 +48,7 @@ class CountTable:
         if self._pending:
             cells = torch.cat([self._table.indices(), *(cells for cells, _ in self._pending)], dim=1)
             values = torch.cat([self._table.values(), *(values for _, values in self._pending)])
-            self._table = torch.sparse_coo_tensor(
-                cells, values, (self.num_classes, self.num_classes), check_invariants=True
-            ).coalesce()
+            self._table = _added_up(cells, values, self.num_classes)
             self._pending.clear()
         return self._table
 
@@ -77,6 +75,24 @@ class CountTable:
             return self.value
         total = add_up(self.value.to_dense().clone())
         return total.to_sparse().coalesce() if self.sparse else total
+
+
+def _added_up(cells: Tensor, values: Tensor, num_classes: int) -> Tensor:
+    """Coalesced counts `[K,K]` of `values [n]` in `cells [2,n]`, those of a cell added up in their order.
+
+    `coalesce` adds them up in any order, so that the sum depends on when, and how often, the table was read.
+    """
+    rows, columns = cells
+    keys, order = (rows * num_classes + columns).sort(stable=True)
+    known, place = keys.unique_consecutive(return_inverse=True)
+    sums = torch.zeros(len(known), device=values.device).index_add_(0, place, values[order])
+    return torch.sparse_coo_tensor(
+        torch.stack([known // num_classes, known % num_classes]),
+        sums,
+        (num_classes, num_classes),
+        check_invariants=True,
+        is_coalesced=True,
+    )
 
 
 def normalise_rows(counts: Tensor) -> Tensor:

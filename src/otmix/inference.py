@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from otmix.data import IMAGE_ENDINGS, FileSource, open_store, to_square
+from otmix.data import IMAGE_ENDINGS, FileSource, items_of, open_store, to_square
 from otmix.data.decoding import in_threads
 from otmix.data.folder import Found, images_below, passed_over
 from otmix.data.resizing import side_needed
@@ -21,11 +21,10 @@ from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
 from otmix.files import printable
 from otmix.training import Run, open_run
-from otmix.training.confusion_source import as_items
 from otmix.training.evaluate import evaluate_items
 from otmix.training.launch import make_fabric
 from otmix.training.reporter import Reporter, Silent
-from otmix.training.setup import load_data, split_of
+from otmix.training.setup import load_data, looking_batch, split_of
 from otmix.types import Batch, Items
 
 if TYPE_CHECKING:
@@ -179,15 +178,14 @@ def evaluate_run(
     fabric = _place(run, device)
     workers = config.workers
     store = open_store(source, dataset, fabric.device, train=False, workers=workers, progress=reporter.loading)
-    size = 512 if dataset.small else config.batch_size or 1  # as the run itself: another batch size may round otherwise
     evaluation, _ = evaluate_items(
         fabric,
         run.model,
         run.criterion,
         store,
-        as_items(source.labels),
+        items_of(source),
         run.counts,
-        size,
+        looking_batch(config, dataset),
         reporter.looking,
         many=config.many_above,
         few=config.few_below,

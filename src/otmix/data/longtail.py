@@ -35,6 +35,14 @@ def _shares(imbalance: float, num_classes: int) -> list[float]:
     return [imbalance ** (-k / max(1, num_classes - 1)) for k in range(num_classes)]
 
 
+def places_by_class(labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    """The places of each class in `labels [N]`, ascending. One sort, as a search for each of thousands of classes would
+    read all labels each time.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    return torch.split(labels.argsort(stable=True), counts)[:num_classes]
+
+
 def shuffled_classes(labels: Tensor, num_classes: int, seed: int = 0) -> list[Tensor]:
     """The places of each class, shuffled exactly as `numpy.random.seed(seed)` once, then `numpy.random.shuffle` per
     class in label order would: with seed 0 on the archive's order these are the subsets of the literature.
@@ -42,12 +50,10 @@ def shuffled_classes(labels: Tensor, num_classes: int, seed: int = 0) -> list[Te
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range for NumPy's legacy generator; give 0 … {2**32 - 1}")
     random = np.random.RandomState(seed)
-    classes = []
-    for k in range(num_classes):
-        places = np.flatnonzero(labels.numpy() == k)
+    classes = [places.numpy() for places in places_by_class(labels, num_classes)]
+    for places in classes:
         random.shuffle(places)
-        classes.append(torch.from_numpy(places))
-    return classes
+    return [torch.from_numpy(places) for places in classes]
 
 
 def choose_subset(
@@ -103,16 +109,15 @@ def split_by_class(
         raise UserError(f"--test-fraction {fraction:g} must lie between 0 and 1")
     random = generator(seed, "test split")
     kept, held = [], []
-    for k, name in enumerate(class_names):
-        places = torch.nonzero(labels == k).flatten()
+    for name, places in zip(class_names, places_by_class(labels, len(class_names))):
         n = len(places)
         if n < 2:
             raise UserError(
                 f"class '{name}' has {n} image, too few for one to train and one to test on; "
                 "add images or remove the class"
             )
-        places = places[torch.randperm(n, generator=random)]
+        shuffled = places[torch.randperm(n, generator=random)]
         out = min(max(round(fraction * n), 1), n - 1)
-        held.append(places[:out])
-        kept.append(places[out:])
+        held.append(shuffled[:out])
+        kept.append(shuffled[out:])
     return torch.cat(kept).sort().values, torch.cat(held).sort().values

@@ -107,8 +107,8 @@ class HeldStore:
 
 
 class WorkerStore:
-    """Images read and resized by `workers` processes ahead of need (0: by this one's threads). Items must be on the
-    CPU.
+    """Images read and resized by `workers` processes ahead of need (0: by this one's threads), which each stream that
+    is open has for itself. Items must be on the CPU.
 
     Small-image augmentation (ShiftFlip) is done on the device, as in ResidentStore; WindowFlip by the workers, each
     image with its own generator from (seed, place in the batch). Raises UserError that names a file that cannot be
@@ -178,8 +178,8 @@ def dead_reader(error: Exception) -> UserError | None:
         return None
     reason = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
     return UserError(
-        f"a process that reads images has died ({reason}), perhaps for want of memory; pass fewer --workers, a "
-        "smaller --batch-size, or --workers 0 to read without processes"
+        f"a process that reads images has died ({reason}), perhaps for want of memory; pass fewer --workers (there "
+        "are so many for each stream and device), a smaller --batch-size, or --workers 0 to read without processes"
     )
 
 

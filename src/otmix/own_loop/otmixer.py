@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from otmix.confusion import ConfusionCounter
+from otmix.confusion import STREAM_DECAY, ConfusionCounter
 from otmix.errors import UserError
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
@@ -29,9 +29,6 @@ from otmix.protocols import PROTOCOLS
 from otmix.randomness import Moment
 from otmix.sampling import ForegroundStream, check_place, inverse_frequency
 from otmix.types import ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
-
-STREAM_DECAY = 0.9
-"""What the streamed confusion keeps from one epoch to the next: about ten epochs of memory."""
 
 CLEAN = PROTOCOLS["clean"]
 

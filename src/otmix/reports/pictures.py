@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from otmix.errors import UserError
 from otmix.methods import PairingName, parse_method
 from otmix.reports.record import RunRecord
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 MAX_CONFUSION = 400  # classes up to which a picture of a K × K table shows more than its diagonal
-_OTHERS: dict[PairingName | None, str] = {
+_RULES = {
+    "index": "random background",
     "within-batch": "partner within the batch",
     "confusion": "background by the confusion",
+    "transport": "background by transport",
 }
 
 
@@ -74,12 +79,28 @@ def mixing_pictures(record: RunRecord) -> Iterator[Picture]:
             "A transport plan: the larger a number, the better that background (column) suits that foreground (row)."
         )
         yield Picture(plan, caption)
-    index, transport = record.index_pairs, record.transport_pairs
-    if index.sum() + transport.sum() > 0 and len(record.class_names) <= MAX_CONFUSION:
+    if any(counts.any() for counts in record.pairs.values()) and len(record.class_names) <= MAX_CONFUSION:
         caption = "Classes of foregrounds (rows) and of the backgrounds that they were pasted into (columns)."
-        method = record.result.get("method")
-        other = _OTHERS.get(parse_method(method).pairing, "random background") if method else "random background"
-        yield Picture.of(pair_counts_figure(index, transport, record.class_names, other), caption, wide=True)
+        yield Picture.of(pair_counts_figure(_pair_counts(record), record.class_names), caption, wide=True)
+
+
+def _pair_counts(record: RunRecord) -> dict[str, NDArray[np.int64]]:
+    """The counts of pairs under a title for each rule.
+
+    Older runs have a table of transport in any case, and one of "index" for whatever transport did not choose.
+    """
+    pairs = dict(record.pairs)
+    rule = _pairing(record)
+    if {"index", "transport"} <= pairs.keys() and rule in ("within-batch", "confusion"):
+        pairs[rule] = pairs.pop("index") + pairs.get(rule, 0)
+    return {_RULES.get(by, by): pairs[by] for by in dict.fromkeys([*_RULES, *pairs]) if by in pairs}
+
+
+def _pairing(record: RunRecord) -> PairingName | None:
+    try:
+        return parse_method(str(record.result.get("method"))).pairing
+    except UserError:  # a method registered by an import that is not made here
+        return None
 
 
 def curve_pictures(record: RunRecord) -> Iterator[Picture]:

@@ -29,8 +29,7 @@ class RunRecord:
     data: dict[str, Any]
     environment: dict[str, Any]
     history: list[dict[str, Any]]
-    index_pairs: NDArray[np.int64]  # zeros where nothing was counted
-    transport_pairs: NDArray[np.int64]
+    pairs: dict[str, NDArray[np.int64]]  # foreground × background class, by the rule that paired them (`Pairs.by`)
 
     @property
     def title(self) -> str:
@@ -103,7 +102,7 @@ def read_run(run_dir: Path) -> RunRecord:
         data=data,
         environment=_object(run_dir / "environment.json"),
         history=_lines(run_dir / "metrics.jsonl"),
-        **_pairs(run_dir / "pairs.npz", len(names)),
+        pairs=_pairs(run_dir / "pairs.npz", len(names)),
     )
 
 
@@ -141,13 +140,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _pairs(path: Path, num_classes: int) -> dict[str, Any]:
-    found = {f"{name}_pairs": np.zeros((num_classes, num_classes), dtype=np.int64) for name in ("index", "transport")}
+def _pairs(path: Path, num_classes: int) -> dict[str, NDArray[np.int64]]:
     if not path.is_file():
-        return found
+        return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found |= {f"{name}_pairs": np.asarray(arrays[name]) for name in ("index", "transport") if name in arrays}
+            found = {name: np.asarray(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); the run directory is damaged") from error
     for counts in found.values():

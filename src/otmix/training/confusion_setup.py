@@ -6,17 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from otmix.confusion import ConfusionCounter, perturb
-from otmix.data import ImageStore
+from otmix.confusion import STREAM_DECAY, ConfusionCounter, perturb
+from otmix.data import ImageStore, items_of
 from otmix.randomness import generator
-from otmix.training.confusion_source import (
-    STREAM_DECAY,
-    ConfusionSource,
-    Looked,
-    as_items,
-    balanced_subset,
-    confusion_origin,
-)
+from otmix.training.confusion_source import ConfusionSource, Looked, balanced_subset, confusion_origin
 from otmix.training.setup import Plan, looking_batch, split_of
 from otmix.types import Confusion
 
@@ -62,14 +55,13 @@ def _source(plan: Plan, fabric: Fabric, train_store: ImageStore, progress: Looke
         shuffle, noise = protocol.confusion_shuffle, protocol.confusion_noise
         return perturb(found, shuffle, noise, generator(config.seed, "wrong-confusion"))
 
-    size = looking_batch(plan, fabric)
+    size = looking_batch(config, dataset)
     source = partial(ConfusionSource, fabric, counter, batch_size=size, perturb=wrong, progress=progress)
     if streamed:
         return source()
     if origin.split == "train":
-        labels, per_class = dataset.train.labels, origin.per_class
-        items = as_items(labels)
-        if per_class is not None:
-            items = balanced_subset(labels, dataset.counts, per_class, config.seed)
+        if origin.per_class is None:
+            return source(train_store, items_of(dataset.train))
+        items = balanced_subset(dataset.train.labels, dataset.counts, origin.per_class, config.seed)
         return source(train_store, items)
-    return source(plan.store(origin.split, fabric), as_items(split_of(dataset, origin.split).labels))
+    return source(plan.store(origin.split, fabric), items_of(split_of(dataset, origin.split)))

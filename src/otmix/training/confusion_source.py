@@ -12,6 +12,7 @@ from torch import Tensor
 
 from otmix.confusion import ConfusionCounter
 from otmix.data import ImageStore
+from otmix.data.longtail import places_by_class
 from otmix.losses import Criterion
 from otmix.models import Classifier, embed
 from otmix.protocols import Protocol
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 Looked = Callable[[int, int], None]
 """Hears how many images of how many a model has looked at."""
-
-STREAM_DECAY = 0.9
-"""What a streamed count keeps from one epoch to the next: about ten epochs of memory, so that classes met once in two
-batches have a row.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +97,5 @@ def confusion_origin(protocol: Protocol, has_validation: bool) -> ConfusionOrigi
 def balanced_subset(labels: Tensor, counts: ClassCounts, per_class: int, seed: int) -> Items:
     """`per_class` random training images of each class (all of a smaller one), the same ones for the whole run."""
     order = torch.randperm(labels.shape[0], generator=generator(seed, "balanced-subset"))
-    chosen = [order[labels[order] == k][:per_class] for k in range(counts.num_classes)]
-    index = torch.cat(chosen)
+    index = order[torch.cat([places[:per_class] for places in places_by_class(labels[order], counts.num_classes)])]
     return Items(labels[index], index)
-
-
-def as_items(labels: Tensor) -> Items:
-    """All images of a split."""
-    return Items(labels, torch.arange(labels.shape[0]))

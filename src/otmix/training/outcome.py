@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from otmix.data import items_of
 from otmix.files import read_json, write_atomic, write_json
 from otmix.reports.page import write_page
-from otmix.training.confusion_source import as_items
 from otmix.training.loop import RunState, best_path
 from otmix.training.pictures import draw_pictures
 from otmix.training.processes import summed
@@ -29,15 +29,15 @@ def finish(run: RunState, plan: Plan) -> None:
         from safetensors.torch import load_file
 
         run.state.model.load_state_dict(load_file(best_path(run)))
-    labels = split_of(dataset, config.final_split).labels
+    items = items_of(split_of(dataset, config.final_split))
     store = plan.store(config.final_split, run.fabric, run.reporter.loading)
-    evaluation, probabilities = evaluate(run, plan, store, as_items(labels))
+    evaluation, probabilities = evaluate(run, plan, store, items)
     pairs = {by: table.gathered(summed(run.fabric)) for by, table in run.tally.pairs.items()}
     if run.fabric.global_rank != 0:
         run.fabric.barrier()
         return
     save_weights(run, "model.safetensors")
-    _save_arrays(run, labels, probabilities, pairs)
+    _save_arrays(run, items.labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
     saw = read_json(run.run_dir / "environment.json").get("looks_at_test")  # runs of before have not noted it

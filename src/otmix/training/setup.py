@@ -218,9 +218,11 @@ def build_optimizer(model: Classifier, settings: OptimizerSettings) -> torch.opt
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused)
 
 
-def looking_batch(plan: Plan, fabric: Fabric) -> int:
-    """How many images a process looks at together outside training: of larger ones as many as a step has room for."""
-    return 512 if plan.dataset.small else max(1, (plan.config.batch_size or 1) // fabric.world_size)
+def looking_batch(config: RunConfig, dataset: ImageDataset) -> int:
+    """How many images a process of a run looks at together outside training: of larger ones as many as a step has room
+    for. Whoever evaluates the run again takes as many, as another size of batch may round otherwise.
+    """
+    return 512 if dataset.small else max(1, (config.batch_size or 1) // (config.devices * config.num_nodes))
 
 
 class Forward(nn.Module):

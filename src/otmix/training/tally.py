@@ -16,14 +16,16 @@ LOSS, RIGHT, SEEN, MIXED, TRANSPORTED, TRANSPORT_STEPS = range(6)
 
 
 class Tally:
-    """Sums over the steps of one epoch, and over the whole run the classes that were paired with each other (Fig. 9).
+    """Sums over the steps of one epoch, and over the whole run the classes that were paired with each other (Fig. 9):
+    `pairs`, foreground class × background class, by the rule that made them (`Pairs.by`). All processes pair by the
+    same rules.
 
     `bad_step` is the first step whose loss was not finite, or −1; `marginal_error` the largest of the epoch's plans.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.device = device
-        self.pairs = {by: CountTable(num_classes, device) for by in ("index", "transport")}
+        self.num_classes, self.device = num_classes, device
+        self.pairs: dict[str, CountTable] = {}
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -48,13 +50,17 @@ class Tally:
         if mixed.pairs is None:
             return
         self.sums[MIXED] += mixed.mixed.sum()
-        table = self.pairs["transport" if mixed.pairs.by == "transport" else "index"]
         # a foreground that was not pasted (Table 7's fraction) has the background's label in column 1 and is no pair
-        table.add(target.labels[:, -1], target.labels[:, 0], mixed.mixed.to(torch.float32))
+        self._pairs_by(mixed.pairs.by).add(target.labels[:, -1], target.labels[:, 0], mixed.mixed.to(torch.float32))
         if mixed.pairs.plan is not None:
             self.sums[TRANSPORTED] += mixed.mixed.sum()
             self.sums[TRANSPORT_STEPS] += 1
             self.marginal_error = torch.maximum(self.marginal_error, mixed.pairs.plan.marginal_error.max())
+
+    def _pairs_by(self, rule: str) -> CountTable:
+        if rule not in self.pairs:
+            self.pairs[rule] = CountTable(self.num_classes, self.device)
+        return self.pairs[rule]
 
     def read(self, add_up: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means and shares so far; waits for the device. `add_up` sums a tensor over all processes."""
@@ -84,4 +90,4 @@ class Tally:
         self.bad_step = state["bad_step"].to(self.device)
         self.seconds = state["seconds"]
         for by, table in state["pairs"].items():
-            self.pairs[by].value = table
+            self._pairs_by(by).value = table

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otmix.data import ImageStore
-from otmix.evaluation import Evaluation
+from otmix.data import ImageStore, items_of
+from otmix.evaluation import Evaluation, top1_error
 from otmix.files import write_atomic
 from otmix.randomness import generator
-from otmix.training.confusion_source import as_items
-from otmix.training.evaluate import evaluate_items
+from otmix.training.evaluate import evaluate_items, predict_items
 from otmix.training.loop import RunState, best_path
 from otmix.training.reporter import Reporter
 from otmix.training.setup import Plan, looking_batch, split_of
@@ -43,8 +42,8 @@ def watched_splits(fabric: Fabric, plan: Plan, train_store: ImageStore, reporter
     splits: list[Watched] = []
 
     def whole(split: str) -> Watched:
-        labels = split_of(dataset, split).labels
-        return Watched(f"{split}_error", plan.store(split, fabric, reporter.loading), as_items(labels))
+        items = items_of(split_of(dataset, split))
+        return Watched(f"{split}_error", plan.store(split, fabric, reporter.loading), items)
 
     if dataset.validation is not None:
         splits.append(whole("validation"))
@@ -65,13 +64,27 @@ def watch(run: RunState, last: bool, plan: Plan, splits: list[Watched]) -> dict[
     if not (last or choosing or (run.epoch + 1) % plan.config.evaluate_every == 0):
         return errors
     for split in splits:
-        errors[split.key] = evaluate(run, plan, split.store, split.items)[0].top1_error
+        errors[split.key] = error_on(run, plan, split)
     test_error = errors["test_error"]
     if choosing and test_error is not None and (run.best is None or test_error < run.best["test_error"]):
         run.best = {"epoch": run.epoch, "test_error": test_error}
         if run.fabric.global_rank == 0:
             save_weights(run, best_path(run).name)
     return errors
+
+
+def error_on(run: RunState, plan: Plan, split: Watched) -> float:
+    """The top-1 error alone: progress shows nothing else."""
+    probabilities = predict_items(
+        run.fabric,
+        run.state.model,
+        run.state.criterion,
+        split.store,
+        split.items,
+        looking_batch(plan.config, plan.dataset),
+        run.reporter.looking,
+    )
+    return top1_error(probabilities, split.items.labels)
 
 
 def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tuple[Evaluation, Tensor]:
@@ -82,7 +95,7 @@ def evaluate(run: RunState, plan: Plan, store: ImageStore, items: Items) -> tupl
         store,
         items,
         plan.dataset.counts,
-        looking_batch(plan, run.fabric),
+        looking_batch(plan.config, plan.dataset),
         run.reporter.looking,
         many=plan.config.many_above,
         few=plan.config.few_below,

@@ -15,7 +15,7 @@ class ConfusionOrigin:
 
     `split` × `items` (all; a balanced subset of `per_class` images a class; or streamed: the background batches that
     training embeds anyway) × `soft` (class probabilities) or hard counts (argmax) × `adaptive` (re-estimated during the
-    run) or fixed (from a finished run).
+    run) or fixed (from a finished run). `perturbed`: made wrong on purpose afterwards (`otmix.confusion.perturb`).
     """
 
     split: Literal["train", "validation", "test"] = "train"
@@ -40,14 +40,18 @@ class ConfusionOrigin:
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """How a model confuses the classes: `matrix [K,K]`, dense or sparse COO, row = true class, rows sum to 1, an unseen
-    class's row is zeros.
+    """How a model confuses the classes: `matrix [K,K]`, dense or sparse COO (kept coalesced), row = true class, rows
+    sum to 1, an unseen class's row is zeros.
 
     Gao et al. 2023, section 4 ("Cost Function"), with the diagonal kept: the cost zeroes it (F̂).
     """
 
     matrix: Tensor
     origin: ConfusionOrigin
+
+    def __post_init__(self) -> None:
+        if self.matrix.is_sparse:  # once, here: in a lookup it would be each step's work, and a wait for CUDA
+            object.__setattr__(self, "matrix", self.matrix.coalesce())
 
     @property
     def num_classes(self) -> int:
@@ -63,8 +67,7 @@ class Confusion:
 
     def _found(self, places: Tensor) -> Tensor:
         """The entries of a sparse matrix at row · K + column. A search, as selecting rows of it would wait for CUDA."""
-        matrix = self.matrix.coalesce()
-        values, (rows, columns) = matrix.values(), matrix.indices()
+        values, (rows, columns) = self.matrix.values(), self.matrix.indices()
         if not len(values):
             return torch.zeros_like(places, dtype=values.dtype)
         known = rows * self.num_classes + columns  # ascending

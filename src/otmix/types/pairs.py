@@ -38,7 +38,8 @@ class Plan:
 class Pairs:
     """Who is pasted into whom: positions `foreground [B]` and `background [B]` in the two batches of candidates.
 
-    `by` names the rule that chose them ("index", "transport", …); `plan` is there when transport did.
+    `by` names the rule that chose them ("index", "within-batch", "confusion", "transport", or one's own); `plan` is
+    there when transport did.
     """
 
     foreground: Tensor

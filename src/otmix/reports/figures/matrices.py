@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,18 +53,14 @@ def confusion_figure(matrix: Any, names: Sequence[str], title: str = "") -> Figu
     return finish(figure)
 
 
-def pair_counts_figure(
-    index_counts: Any, transport_counts: Any, names: Sequence[str], other: str = "random background"
-) -> Figure:
-    """Which classes were pasted into which, at random and by transport: Fig. 9 of Gao et al. 2023.
+def pair_counts_figure(counts_of: Mapping[str, Any], names: Sequence[str]) -> Figure:
+    """Which classes were pasted into which, at random and by transport, say: Fig. 9 of Gao et al. 2023.
 
-    `other` says how the pairs were found that transport did not choose.
-
-    Both counts are foreground class × background class `[K,K]`. Unlike the paper's, each row is drawn as % of its own
-    pairs, so that the panels can be compared although one rule made more pairs. A panel without pairs is left out.
-    Raises ValueError when there is none at all.
+    `counts_of` has, by title, the pairs of each rule, foreground class × background class `[K,K]`. Unlike the paper's,
+    each row is drawn as % of its own pairs, so that the panels can be compared although one rule made more pairs. A
+    panel without pairs is left out. Raises ValueError when there is none at all.
     """
-    panels = [(other, as_array(index_counts)), ("background by transport", as_array(transport_counts))]
+    panels = [(name, as_array(counts)) for name, counts in counts_of.items()]
     panels = [(name, counts) for name, counts in panels if counts.sum() > 0]
     if not panels:
         raise ValueError("no pair has been counted, so there is nothing to draw")
