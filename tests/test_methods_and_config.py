@@ -12,10 +12,12 @@ import torch
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.inference import evaluate_run
+from otmix.losses import LOSSES, Criterion
 from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
 from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
+from otmix.types import ClassCounts
 
 
 def test_every_method_is_found_by_its_name() -> None:
@@ -151,6 +153,67 @@ def test_overrides_change_single_settings() -> None:
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         resolve("clean", Overrides(**bad))  # type: ignore[arg-type]
+
+
+OUT_OF_RANGE: list[tuple[str, dict[str, object], str]] = [
+    ("otmix", {"mix_from": 1.5}, "mix_from is a share"),
+    ("otmix", {"mix_until": -0.1}, "mix_until is a share"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.3}, "mix_from 0.5 lies above mix_until 0.3"),
+    ("otmix", {"mix_from": 1.0}, "mix_from 1 lies above mix_until 0.9875"),
+    ("otmix", {"curriculum_power": -1}, "curriculum_power must be 0 or more, it is -1"),
+    ("otmix", {"curriculum_power": math.nan}, "curriculum_power must be 0 or more, it is nan"),
+    ("cmo", {"foreground_r": math.nan}, "foreground_r must be a finite number, it is nan"),
+    ("cmo", {"foreground_r": math.inf}, "foreground_r must be a finite number, it is inf"),
+    ("focal", {"loss.gamma": -1}, "gamma of at least 0"),
+    ("ride-focal+cmo", {"loss.gamma": -1}, "gamma of at least 0"),
+    ("remix", {"mixer.kappa": 0.5}, "kappa of Remix"),
+    ("otmix-remix", {"mixer.kappa": 0.5}, "kappa of Remix"),
+    ("ride", {"model.experts": 99}, "1 to 8 experts"),
+    ("ride", {"model.rho": 2}, "a rho and a temperature_start from 0 to 1"),
+    ("ce-drw", {"rebalancing.start": 7}, "start of re-weighting"),
+    ("ce-drs", {"rebalancing.start": 7}, "start of re-sampling"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "message"), OUT_OF_RANGE)
+def test_settings_out_of_range_are_refused_before_anything_is_read(
+    method: str, given: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = Overrides.from_dict(given)
+    with pytest.raises(UserError, match=message):
+        check_settings(settings, "clean", [method])
+    monkeypatch.setattr("otmix.training.run.load_data", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(UserError, match=message):
+        train(RunConfig(method=method, set=settings, accelerator="cpu", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ends_of_the_ranges_are_taken() -> None:
+    """What a small check cannot know, the counts of the classes, it leaves to the run."""
+    for method, given in (
+        ("otmix", {"mix_from": 0.0, "mix_until": 1.0, "curriculum_power": 0.0, "foreground_r": -1.0}),
+        ("otmix", {"mix_from": 0.5, "mix_until": 0.5}),
+        ("unimix", {"mixer.tau": -300.0}),
+        ("ride-drw", {"model.experts": 8, "rebalancing.start": 1}),
+        ("remix", {"mixer.kappa": math.inf}),
+    ):
+        check_settings(Overrides.from_dict(given), "clean", [method])
+
+
+def test_a_loss_of_ones_own_that_needs_the_real_classes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Criterion):
+        def __init__(self, counts: ClassCounts, power: float = 1.0) -> None:
+            super().__init__(counts)
+            if power < 0:
+                raise UserError("own needs a power of at least 0")
+            self.rare = float((counts.counts.double() - 20).log().min()) / int(counts.counts[40])
+
+    monkeypatch.setitem(LOSSES, "own", Own)
+    check_settings(Overrides(parts={"loss.power": 2.0}), "clean", ["own"])
+    with pytest.raises(UserError, match="own needs a power"):
+        check_settings(Overrides(parts={"loss.power": -2.0}), "clean", ["own"])
+    with pytest.raises(UserError, match="start of re-weighting"):
+        check_settings(Overrides(parts={"rebalancing.start": 7}), "clean", ["own-drw"])
 
 
 @pytest.mark.parametrize(

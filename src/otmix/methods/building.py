@@ -7,11 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from otmix.costs import CombinedCost
+from otmix.errors import UserError
 from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
 from otmix.methods.method import Method, experts
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import PIXEL_RULES, Mixer
+from otmix.models.experts import check_experts
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -24,6 +28,28 @@ from otmix.protocols import Overrides, Protocol
 from otmix.sampling import ClassSampling
 from otmix.settings import chosen
 from otmix.types import ClassCounts
+
+
+def check_pieces(method: Method, protocol: Protocol, filled: Overrides) -> None:
+    """Build once whatever is made of settings: each piece knows which values it can have, and raises UserError.
+
+    It is built for ten small classes, and what these refuse, larger ones do too. A piece of one's own that needs the
+    real classes is left to the run.
+    """
+    counts = ClassCounts(torch.tensor([2, *[1] * 9]))
+    pieces: tuple[Callable[[], object], ...] = (
+        lambda: build_criterion(method, counts, filled),
+        lambda: check_experts(_experts(filled)),
+        lambda: build_rebalancing(method, counts, filled),
+        lambda: build_mixer(method, protocol, counts, filled),
+    )
+    for build in pieces:
+        try:
+            build()
+        except UserError:
+            raise
+        except Exception:  # whatever someone's own code raises
+            continue
 
 
 def build_criterion(method: Method, counts: ClassCounts, filled: Overrides) -> Criterion:
@@ -40,8 +66,12 @@ def architecture_of(method: Method, criterion: Criterion, filled: Overrides) -> 
     return {
         "head": criterion.head,
         "architecture": method.architecture,
-        "experts": experts(**chosen(experts, filled.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
+        "experts": _experts(filled),
     }
+
+
+def _experts(filled: Overrides) -> int:
+    return experts(**chosen(experts, filled.parts, "model"))  # type: ignore[arg-type]  # checked by `chosen`
 
 
 def build_rebalancing(

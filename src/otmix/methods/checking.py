@@ -18,16 +18,24 @@ def check_settings(changed: Overrides, protocol: ProtocolName, names: Sequence[s
     given = changed.to_dict()
     check_read(given, methods)
     for method in methods:
-        resolved = method.protocol(protocol, changed)  # raises where a value is out of range
-        for key, known in method.part_settings.items():
-            if key in changed.parts:
-                known.convert(changed.parts[key], f"--set.{key}")
+        check_ranges(changed, protocol, method)
+        resolved = method.protocol(protocol, changed)
         idle = _without_effect(resolved, method.pairing == "transport") + _idle_parts(
             method, method.effective(protocol, changed)
         )
         for setting, because in idle:
             if setting in given and (setting in method.setting_names or setting in method.part_settings):
                 raise UserError(f"--set.{setting} changes nothing for {method.name}, because {because}; leave it out")
+
+
+def check_ranges(changed: Overrides, protocol: ProtocolName, method: Method) -> None:
+    """Raises UserError for a setting of this method out of range, as far as that can be known without its data."""
+    resolved = method.protocol(protocol, changed)
+    filled = Overrides.from_dict(method.effective(protocol, changed))
+    if method.only_own(changed).to_dict():
+        from otmix.methods.building import check_pieces  # it needs torch
+
+        check_pieces(method, resolved, filled)
 
 
 def check_read(given: Iterable[str], methods: Sequence[Method]) -> None:
