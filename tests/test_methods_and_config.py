@@ -14,7 +14,7 @@ from otmix.errors import UserError
 from otmix.inference import evaluate_run
 from otmix.losses import LOSSES, Criterion
 from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
-from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
+from otmix.protocols import PROTOCOLS, Overrides, Protocol, ProtocolName, resolve
 from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
 from otmix.types import ClassCounts
@@ -200,6 +200,17 @@ def test_the_ends_of_the_ranges_are_taken() -> None:
         check_settings(Overrides.from_dict(given), "clean", [method])
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_protocol_sets_may_be_said_too(protocol: ProtocolName) -> None:
+    """Every setting of every method, a few of each kind, by itself at its own value."""
+    for name in ("otmix", "otmix-remix", "unimix", "ce+confusion", "ride-drw", "ce-srs", "ib-drs", "lade", "bbn"):
+        method = parse_method(name)
+        for key, value in method.effective(protocol, deferred=0.5).items():
+            if key in ("foreground_r", "confusion_per_class"):  # with the law and the source that give them a meaning
+                continue
+            check_settings(Overrides.from_dict({key: value}), protocol, [name])
+
+
 def test_a_loss_of_ones_own_that_needs_the_real_classes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(Criterion):
         def __init__(self, counts: ClassCounts, power: float = 1.0) -> None:
@@ -242,6 +253,70 @@ def test_a_loss_of_ones_own_that_needs_the_real_classes_is_left_to_the_run(monke
 def test_settings_that_others_make_idle_are_refused(settings: Overrides, because: str) -> None:
     with pytest.raises(UserError, match=because):
         check_settings(settings, "clean", ["erm", "otmix", "ride", "ib", "lade", "remix", "ldam-drw"])
+
+
+TRANSPORT_IDLE_UNMIXED: dict[str, object] = {
+    "features": "official",
+    "omega": 0.2,
+    "metric": "euclidean",
+    "keep_diagonal": True,
+    "epsilon": 0.1,
+    "select": "softmax",
+    "curriculum_power": 2.0,
+    "curriculum_per": "epoch",
+    "curriculum_one_based": False,
+    "confusion_from": "train",
+    "confusion_soft": False,
+    "confusion_run": "run",
+    "confusion_shuffle": 0.5,
+    "confusion_noise": 0.5,
+    "mix_fraction": 0.5,
+    "foreground_r": 1.0,
+    "alpha": 1.0,
+}
+IDLE_PAIRS: list[tuple[str, dict[str, object], str, str]] = [
+    *(
+        ("otmix", {"mix_probability": 0.0, name: value}, name, "nothing is mixed: mix_probability is 0")
+        for name, value in TRANSPORT_IDLE_UNMIXED.items()
+    ),
+    ("otmix", {"mix_probability": 0.0, "mix_from": 0.5}, "mix_from", "mix_probability is 0"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.5, "mix_probability": 1.0}, "mix_probability", "mix_from is mix_until"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.5, "omega": 0.2}, "omega", "mix_from is mix_until"),
+    *(
+        ("otmix", {"mix_fraction": 0.0, name: value}, name, "nothing is mixed: mix_fraction is 0")
+        for name, value in TRANSPORT_IDLE_UNMIXED.items()
+        if name not in ("features", "mix_fraction")
+    ),
+    ("otmix", {"mix_fraction": 0.0, "mix_probability": 1.0}, "mix_probability", "mix_fraction is 0"),
+    ("otmix", {"mix_fraction": 0.0, "features": "official", "alpha": 1.0}, "alpha", "mix_fraction is 0"),
+    ("otmix", {"mix_fraction": 0.0, "features": "official", "omega": 0.2}, "omega", "mix_fraction is 0"),
+    ("remix", {"mix_probability": 0.0, "mixer.kappa": 2.0}, "mixer.kappa", "mix_probability is 0"),
+    ("otmix-remix", {"mix_probability": 0.0, "mixer.tau": 0.2}, "mixer.tau", "mix_probability is 0"),
+    ("unimix", {"mix_fraction": 0.0, "mixer.tau": -0.1}, "mixer.tau", "mix_fraction is 0"),
+    ("ce+confusion", {"mix_probability": 0.0, "confusion_from": "train"}, "confusion_from", "mix_probability is 0"),
+    ("remix", {"mixer.tau": 0, "mixer.kappa": 2.0}, "mixer.kappa", "mixer.tau is 0"),
+    ("ce-drw", {"rebalancing.beta": 0, "rebalancing.start": 0.5}, "rebalancing.start", "rebalancing.beta is 0"),
+    ("ce-drw", {"rebalancing.beta": 0, "weighted_mean": "mean"}, "weighted_mean", "rebalancing.beta is 0"),
+    *(
+        (f"ce-{law}", {f"rebalancing.{idle}": 0.5, f"rebalancing.{cause}": 1}, f"rebalancing.{idle}", f"{cause} is 1")
+        for law in ("drs", "cbs", "srs")
+        for idle, cause in (("power", "start"), ("start", "power"))
+    ),
+    ("logit-adjustment", {"loss.tau": 0, "loss.post_hoc": True}, "loss.post_hoc", "loss.tau is 0"),
+    ("ride", {"model.rho": 0, "model.temperature_start": 0.5}, "model.temperature_start", "model.rho is 0"),
+    ("ride", {"model.temperature_start": 1, "model.rho": 0.1}, "model.rho", "model.temperature_start is 1"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "idle", "because"), IDLE_PAIRS)
+def test_each_pair_of_settings_of_which_one_is_idle(
+    method: str, given: dict[str, object], idle: str, because: str
+) -> None:
+    """Either alone is taken where it has an effect alone; together the idle one is refused."""
+    with pytest.raises(UserError, match=rf"^--set\.{idle} changes nothing for .*, because .*{because}"):
+        check_settings(Overrides.from_dict(given), "clean", [method])
+    check_settings(Overrides.from_dict({idle: given[idle]}), "clean", [method])
+    check_settings(Overrides.from_dict({key: given[key] for key in given if key != idle}), "clean", [method])
 
 
 @pytest.mark.parametrize(
@@ -305,6 +380,22 @@ def test_settings_have_one_type_however_they_are_written() -> None:
         (Overrides(confusion_from="balanced-train", confusion_per_class=9), "otmix"),
         (Overrides(confusion_from="train", confusion_noise=0.5), "ce+confusion"),
         (Overrides(alpha=1.0), "cmo"),
+        (Overrides(mix_probability=0.0, headline="best-on-test"), "otmix"),
+        (Overrides(mix_probability=0.0, weighted_mean="mean"), "ce-drw+otmix"),
+        # the passes of "official" move BatchNorm's statistics, of foregrounds too
+        (Overrides(mix_fraction=0.0, features="official", mix_probability=1.0, curriculum_power=2.0), "otmix"),
+        (Overrides(mix_fraction=0.0, features="official", mix_from=0.5, foreground_r=1.0), "otmix"),
+        (Overrides(parts={"rebalancing.start": 0.5, "rebalancing.power": 0.5}), "ce-drs"),
+        (Overrides(parts={"model.rho": 0.1, "model.temperature_start": 0.5}), "ride"),
+        (Overrides(parts={"loss.tau": 2, "loss.post_hoc": True}), "logit-adjustment"),
+        # those of the paper's tables 4, 7 and 8 and its figure 8
+        *((Overrides(mix_fraction=share), "otmix") for share in (0.25, 0.5, 0.75)),
+        *((Overrides(omega=omega), "otmix") for omega in (0.0, 0.05, 0.5, 1.0)),
+        *((Overrides(curriculum_power=power), "otmix") for power in (0.0, 0.5, 1.0, 3.0)),
+        *((Overrides(select=select), "otmix") for select in ("sample", "softmax")),
+        (Overrides(keep_diagonal=True, metric="euclidean"), "otmix"),
+        (Overrides(confusion_run="run", confusion_from="held-out"), "ce+confusion"),
+        (Overrides(confusion_run="run", confusion_from="train"), "otmix"),
     ],
 )
 def test_settings_that_have_an_effect_are_taken(settings: Overrides, method: str) -> None:
