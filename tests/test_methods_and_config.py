@@ -8,7 +8,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from otmix.cli import COMMANDS
+from otmix.cli.help import page
+from otmix.cli.listings import explain_method
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.inference import evaluate_run
@@ -473,6 +477,50 @@ def test_the_steps_of_ldams_code() -> None:
     config = with_defaults(RunConfig(schedule="ldam"), small=True, backbone="resnet8", image_size=8)
     assert config.warmup == 5 / 200
     assert with_defaults(RunConfig(), small=True, backbone="resnet8", image_size=8).warmup == 0
+
+
+# of the released ImageNet-LT and iNaturalist scripts, and of BBN's code, which steps its scheduler before each epoch
+# and so begins at 7/15 instead of 1/3; no source speaks of deferred re-weighting in BBN, where it begins as in LDAM
+LDAMS_WARMUP = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "deferred", "first"),
+    [
+        ("steps", 240, 160, [1.0] * 6),
+        ("cosine", 240, 160, None),
+        ("ldam", 200, 160, LDAMS_WARMUP),
+        ("imagenet-lt", 200, 80, LDAMS_WARMUP),
+        ("inaturalist", 210, 160, LDAMS_WARMUP),
+        ("bbn", 200, 160, [7 / 15, 9 / 15, 11 / 15, 13 / 15, 1.0, 1.0]),
+    ],
+)
+def test_each_schedule_warms_up_and_defers_as_its_source_does(
+    name: ScheduleName, epochs: int, deferred: int, first: list[float] | None
+) -> None:
+    config = with_defaults(RunConfig(schedule=name), small=True, backbone="resnet8", image_size=8)
+    assert config.warmup is not None
+    schedule = Schedule.named(name, config.warmup)
+    assert schedule.deferred == deferred / epochs
+    assert config.warmup == (0.0 if name in ("steps", "cosine") else 5 / epochs)
+    if first is not None:
+        assert [schedule.factor(epoch, epochs) for epoch in range(6)] == pytest.approx(first)
+    # what is asked for counts
+    asked = with_defaults(RunConfig(schedule=name, warmup=0.0), small=True, backbone="resnet8", image_size=8)
+    assert asked.warmup == 0.0
+
+
+def test_the_help_says_how_each_schedule_warms_up() -> None:
+    said = page("train", COMMANDS["train"])
+    text = " ".join(said[said.index("--warmup") :].split())
+    assert "default 0; 5 of 200 epochs with ldam, bbn and imagenet-lt, 5 of 210 with inaturalist" in text
+
+
+def test_listings_say_when_each_schedule_defers(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("ce-drw", "ce-drs", "ride"):
+        explain_method(parse_method(name), Console(width=100), ["clean"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.count("160 of 200 with ldam and bbn, 80 of 200 with imagenet-lt, 160 of 210 with inaturalist") >= 1
 
 
 def test_a_loss_may_bring_its_own_steps() -> None:
