@@ -17,7 +17,8 @@ from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.inference import evaluate_run
 from otmix.losses import LOSSES, Criterion
-from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
+from otmix.losses.ib import ib_steps
+from otmix.methods import ALIASES, LOSS_PARTS, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, ProtocolName, resolve
 from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
@@ -528,6 +529,13 @@ def test_a_loss_may_bring_its_own_steps() -> None:
     factors = [schedule.factor(epoch, 10) for epoch in range(10)]
     assert factors == [1, 1, 1, 1, 1, 0.01, 0.01, 0.01, 1e-4, 1e-6]
     assert Schedule.named("cosine", own_steps=((0.5, 0.01),)) == Schedule("cosine")
+
+
+def test_what_the_listing_says_of_ibs_steps_holds_for_every_schedule() -> None:
+    assert "the learning rate steps are its code's with every --schedule but cosine" in LOSS_PARTS["ib"].changes
+    for name in get_args(ScheduleName):
+        theirs = Schedule.named(name, own_steps=ib_steps(0.5))
+        assert (theirs.milestones == (0.5, 160 / 200, 180 / 200)) == (name != "cosine"), name
 
 
 def test_warmup_of_ldams_code() -> None:

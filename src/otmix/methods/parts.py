@@ -91,7 +91,7 @@ LOSS_PARTS: dict[str, Part] = {
         "IB",
         "Park et al., ICCV 2021",
         "from half of the run on each image's loss is divided by its influence, |p - onehot| |h|, and weighted by 1/n; "
-        "with --schedule steps or ldam the learning rate steps are its code's",
+        "the learning rate steps are its code's with every --schedule but cosine",
         (
             "Read as a re-weighting, IB's influence is a constant to the gradient; in its code, and here, the "
             "gradient flows through it (loss.detach stops it).",
