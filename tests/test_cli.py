@@ -220,6 +220,10 @@ BAD = {
     "out of range": (["train", "--warmup", "2"], "--warmup is the share"),
     "negative": (["train", "--weight-decay", "-1"], "--weight-decay must be a finite number of at least 0, it is -1.0"),
     "setting out of range": (["train", "--set.epsilon", "0"], "epsilon must be a number of at least"),
+    "setting of a part out of range": (
+        ["train", "--method", "focal", "--set.loss.gamma", "-1", "--data", "folder", "--root", "nowhere"],
+        "needs gamma of at least 0",
+    ),
     "stray word": (["train", "photos"], "does not know what to do with photos"),
     "positional missing": (["evaluate"], "`otmix evaluate` needs RUN"),
     "second positional missing": (["predict", "run"], "`otmix predict` needs PATH"),

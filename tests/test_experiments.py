@@ -352,6 +352,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
         (["ermm"], {}, "no method named 'ermm'"),
         (["erm"], {"base": replace(BASE, out="x")}, "--runs"),
         (["erm"], {"base": replace(BASE, set=Overrides(alpha=-1.0))}, "alpha"),
+        (["erm", "otmix"], {"base": replace(BASE, set=Overrides(mix_from=1.5))}, "mix_from is a share"),
+        (["erm", "focal"], {"base": replace(BASE, set=Overrides(parts={"loss.gamma": -1}))}, "gamma of at least 0"),
+        (["erm", "ride"], {"base": replace(BASE, set=Overrides(parts={"model.experts": 99}))}, "1 to 8 experts"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_trained(

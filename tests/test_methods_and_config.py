@@ -8,14 +8,21 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from otmix.cli import COMMANDS
+from otmix.cli.help import page
+from otmix.cli.listings import explain_method
 from otmix.config import RunConfig, with_defaults
 from otmix.errors import UserError
 from otmix.inference import evaluate_run
-from otmix.methods import ALIASES, all_methods, check_settings, known_losses, known_mixers, parse_method
-from otmix.protocols import PROTOCOLS, Overrides, Protocol, resolve
+from otmix.losses import LOSSES, Criterion
+from otmix.losses.ib import ib_steps
+from otmix.methods import ALIASES, LOSS_PARTS, all_methods, check_settings, known_losses, known_mixers, parse_method
+from otmix.protocols import PROTOCOLS, Overrides, Protocol, ProtocolName, resolve
 from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
+from otmix.types import ClassCounts
 
 
 def test_every_method_is_found_by_its_name() -> None:
@@ -153,6 +160,78 @@ def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
         resolve("clean", Overrides(**bad))  # type: ignore[arg-type]
 
 
+OUT_OF_RANGE: list[tuple[str, dict[str, object], str]] = [
+    ("otmix", {"mix_from": 1.5}, "mix_from is a share"),
+    ("otmix", {"mix_until": -0.1}, "mix_until is a share"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.3}, "mix_from 0.5 lies above mix_until 0.3"),
+    ("otmix", {"mix_from": 1.0}, "mix_from 1 lies above mix_until 0.9875"),
+    ("otmix", {"curriculum_power": -1}, "curriculum_power must be 0 or more, it is -1"),
+    ("otmix", {"curriculum_power": math.nan}, "curriculum_power must be 0 or more, it is nan"),
+    ("cmo", {"foreground_r": math.nan}, "foreground_r must be a finite number, it is nan"),
+    ("cmo", {"foreground_r": math.inf}, "foreground_r must be a finite number, it is inf"),
+    ("focal", {"loss.gamma": -1}, "gamma of at least 0"),
+    ("ride-focal+cmo", {"loss.gamma": -1}, "gamma of at least 0"),
+    ("remix", {"mixer.kappa": 0.5}, "kappa of Remix"),
+    ("otmix-remix", {"mixer.kappa": 0.5}, "kappa of Remix"),
+    ("ride", {"model.experts": 99}, "1 to 8 experts"),
+    ("ride", {"model.rho": 2}, "a rho and a temperature_start from 0 to 1"),
+    ("ce-drw", {"rebalancing.start": 7}, "start of re-weighting"),
+    ("ce-drs", {"rebalancing.start": 7}, "start of re-sampling"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "message"), OUT_OF_RANGE)
+def test_settings_out_of_range_are_refused_before_anything_is_read(
+    method: str, given: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = Overrides.from_dict(given)
+    with pytest.raises(UserError, match=message):
+        check_settings(settings, "clean", [method])
+    monkeypatch.setattr("otmix.training.run.load_data", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(UserError, match=message):
+        train(RunConfig(method=method, set=settings, accelerator="cpu", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ends_of_the_ranges_are_taken() -> None:
+    """What a small check cannot know, the counts of the classes, it leaves to the run."""
+    for method, given in (
+        ("otmix", {"mix_from": 0.0, "mix_until": 1.0, "curriculum_power": 0.0, "foreground_r": -1.0}),
+        ("otmix", {"mix_from": 0.5, "mix_until": 0.5}),
+        ("unimix", {"mixer.tau": -300.0}),
+        ("ride-drw", {"model.experts": 8, "rebalancing.start": 1}),
+        ("remix", {"mixer.kappa": math.inf}),
+    ):
+        check_settings(Overrides.from_dict(given), "clean", [method])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_protocol_sets_may_be_said_too(protocol: ProtocolName) -> None:
+    """Every setting of every method, a few of each kind, by itself at its own value."""
+    for name in ("otmix", "otmix-remix", "unimix", "ce+confusion", "ride-drw", "ce-srs", "ib-drs", "lade", "bbn"):
+        method = parse_method(name)
+        for key, value in method.effective(protocol, deferred=0.5).items():
+            if key in ("foreground_r", "confusion_per_class"):  # with the law and the source that give them a meaning
+                continue
+            check_settings(Overrides.from_dict({key: value}), protocol, [name])
+
+
+def test_a_loss_of_ones_own_that_needs_the_real_classes_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Criterion):
+        def __init__(self, counts: ClassCounts, power: float = 1.0) -> None:
+            super().__init__(counts)
+            if power < 0:
+                raise UserError("own needs a power of at least 0")
+            self.rare = float((counts.counts.double() - 20).log().min()) / int(counts.counts[40])
+
+    monkeypatch.setitem(LOSSES, "own", Own)
+    check_settings(Overrides(parts={"loss.power": 2.0}), "clean", ["own"])
+    with pytest.raises(UserError, match="own needs a power"):
+        check_settings(Overrides(parts={"loss.power": -2.0}), "clean", ["own"])
+    with pytest.raises(UserError, match="start of re-weighting"):
+        check_settings(Overrides(parts={"rebalancing.start": 7}), "clean", ["own-drw"])
+
+
 @pytest.mark.parametrize(
     ("settings", "because"),
     [
@@ -179,6 +258,70 @@ def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
 def test_settings_that_others_make_idle_are_refused(settings: Overrides, because: str) -> None:
     with pytest.raises(UserError, match=because):
         check_settings(settings, "clean", ["erm", "otmix", "ride", "ib", "lade", "remix", "ldam-drw"])
+
+
+TRANSPORT_IDLE_UNMIXED: dict[str, object] = {
+    "features": "official",
+    "omega": 0.2,
+    "metric": "euclidean",
+    "keep_diagonal": True,
+    "epsilon": 0.1,
+    "select": "softmax",
+    "curriculum_power": 2.0,
+    "curriculum_per": "epoch",
+    "curriculum_one_based": False,
+    "confusion_from": "train",
+    "confusion_soft": False,
+    "confusion_run": "run",
+    "confusion_shuffle": 0.5,
+    "confusion_noise": 0.5,
+    "mix_fraction": 0.5,
+    "foreground_r": 1.0,
+    "alpha": 1.0,
+}
+IDLE_PAIRS: list[tuple[str, dict[str, object], str, str]] = [
+    *(
+        ("otmix", {"mix_probability": 0.0, name: value}, name, "nothing is mixed: mix_probability is 0")
+        for name, value in TRANSPORT_IDLE_UNMIXED.items()
+    ),
+    ("otmix", {"mix_probability": 0.0, "mix_from": 0.5}, "mix_from", "mix_probability is 0"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.5, "mix_probability": 1.0}, "mix_probability", "mix_from is mix_until"),
+    ("otmix", {"mix_from": 0.5, "mix_until": 0.5, "omega": 0.2}, "omega", "mix_from is mix_until"),
+    *(
+        ("otmix", {"mix_fraction": 0.0, name: value}, name, "nothing is mixed: mix_fraction is 0")
+        for name, value in TRANSPORT_IDLE_UNMIXED.items()
+        if name not in ("features", "mix_fraction")
+    ),
+    ("otmix", {"mix_fraction": 0.0, "mix_probability": 1.0}, "mix_probability", "mix_fraction is 0"),
+    ("otmix", {"mix_fraction": 0.0, "features": "official", "alpha": 1.0}, "alpha", "mix_fraction is 0"),
+    ("otmix", {"mix_fraction": 0.0, "features": "official", "omega": 0.2}, "omega", "mix_fraction is 0"),
+    ("remix", {"mix_probability": 0.0, "mixer.kappa": 2.0}, "mixer.kappa", "mix_probability is 0"),
+    ("otmix-remix", {"mix_probability": 0.0, "mixer.tau": 0.2}, "mixer.tau", "mix_probability is 0"),
+    ("unimix", {"mix_fraction": 0.0, "mixer.tau": -0.1}, "mixer.tau", "mix_fraction is 0"),
+    ("ce+confusion", {"mix_probability": 0.0, "confusion_from": "train"}, "confusion_from", "mix_probability is 0"),
+    ("remix", {"mixer.tau": 0, "mixer.kappa": 2.0}, "mixer.kappa", "mixer.tau is 0"),
+    ("ce-drw", {"rebalancing.beta": 0, "rebalancing.start": 0.5}, "rebalancing.start", "rebalancing.beta is 0"),
+    ("ce-drw", {"rebalancing.beta": 0, "weighted_mean": "mean"}, "weighted_mean", "rebalancing.beta is 0"),
+    *(
+        (f"ce-{law}", {f"rebalancing.{idle}": 0.5, f"rebalancing.{cause}": 1}, f"rebalancing.{idle}", f"{cause} is 1")
+        for law in ("drs", "cbs", "srs")
+        for idle, cause in (("power", "start"), ("start", "power"))
+    ),
+    ("logit-adjustment", {"loss.tau": 0, "loss.post_hoc": True}, "loss.post_hoc", "loss.tau is 0"),
+    ("ride", {"model.rho": 0, "model.temperature_start": 0.5}, "model.temperature_start", "model.rho is 0"),
+    ("ride", {"model.temperature_start": 1, "model.rho": 0.1}, "model.rho", "model.temperature_start is 1"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "idle", "because"), IDLE_PAIRS)
+def test_each_pair_of_settings_of_which_one_is_idle(
+    method: str, given: dict[str, object], idle: str, because: str
+) -> None:
+    """Either alone is taken where it has an effect alone; together the idle one is refused."""
+    with pytest.raises(UserError, match=rf"^--set\.{idle} changes nothing for .*, because .*{because}"):
+        check_settings(Overrides.from_dict(given), "clean", [method])
+    check_settings(Overrides.from_dict({idle: given[idle]}), "clean", [method])
+    check_settings(Overrides.from_dict({key: given[key] for key in given if key != idle}), "clean", [method])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +385,22 @@ def test_settings_have_one_type_however_they_are_written() -> None:
         (Overrides(confusion_from="balanced-train", confusion_per_class=9), "otmix"),
         (Overrides(confusion_from="train", confusion_noise=0.5), "ce+confusion"),
         (Overrides(alpha=1.0), "cmo"),
+        (Overrides(mix_probability=0.0, headline="best-on-test"), "otmix"),
+        (Overrides(mix_probability=0.0, weighted_mean="mean"), "ce-drw+otmix"),
+        # the passes of "official" move BatchNorm's statistics, of foregrounds too
+        (Overrides(mix_fraction=0.0, features="official", mix_probability=1.0, curriculum_power=2.0), "otmix"),
+        (Overrides(mix_fraction=0.0, features="official", mix_from=0.5, foreground_r=1.0), "otmix"),
+        (Overrides(parts={"rebalancing.start": 0.5, "rebalancing.power": 0.5}), "ce-drs"),
+        (Overrides(parts={"model.rho": 0.1, "model.temperature_start": 0.5}), "ride"),
+        (Overrides(parts={"loss.tau": 2, "loss.post_hoc": True}), "logit-adjustment"),
+        # those of the paper's tables 4, 7 and 8 and its figure 8
+        *((Overrides(mix_fraction=share), "otmix") for share in (0.25, 0.5, 0.75)),
+        *((Overrides(omega=omega), "otmix") for omega in (0.0, 0.05, 0.5, 1.0)),
+        *((Overrides(curriculum_power=power), "otmix") for power in (0.0, 0.5, 1.0, 3.0)),
+        *((Overrides(select=select), "otmix") for select in ("sample", "softmax")),
+        (Overrides(keep_diagonal=True, metric="euclidean"), "otmix"),
+        (Overrides(confusion_run="run", confusion_from="held-out"), "ce+confusion"),
+        (Overrides(confusion_run="run", confusion_from="train"), "otmix"),
     ],
 )
 def test_settings_that_have_an_effect_are_taken(settings: Overrides, method: str) -> None:
@@ -321,11 +480,62 @@ def test_the_steps_of_ldams_code() -> None:
     assert with_defaults(RunConfig(), small=True, backbone="resnet8", image_size=8).warmup == 0
 
 
+# of the released ImageNet-LT and iNaturalist scripts, and of BBN's code, which steps its scheduler before each epoch
+# and so begins at 7/15 instead of 1/3; no source speaks of deferred re-weighting in BBN, where it begins as in LDAM
+LDAMS_WARMUP = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "deferred", "first"),
+    [
+        ("steps", 240, 160, [1.0] * 6),
+        ("cosine", 240, 160, None),
+        ("ldam", 200, 160, LDAMS_WARMUP),
+        ("imagenet-lt", 200, 80, LDAMS_WARMUP),
+        ("inaturalist", 210, 160, LDAMS_WARMUP),
+        ("bbn", 200, 160, [7 / 15, 9 / 15, 11 / 15, 13 / 15, 1.0, 1.0]),
+    ],
+)
+def test_each_schedule_warms_up_and_defers_as_its_source_does(
+    name: ScheduleName, epochs: int, deferred: int, first: list[float] | None
+) -> None:
+    config = with_defaults(RunConfig(schedule=name), small=True, backbone="resnet8", image_size=8)
+    assert config.warmup is not None
+    schedule = Schedule.named(name, config.warmup)
+    assert schedule.deferred == deferred / epochs
+    assert config.warmup == (0.0 if name in ("steps", "cosine") else 5 / epochs)
+    if first is not None:
+        assert [schedule.factor(epoch, epochs) for epoch in range(6)] == pytest.approx(first)
+    # what is asked for counts
+    asked = with_defaults(RunConfig(schedule=name, warmup=0.0), small=True, backbone="resnet8", image_size=8)
+    assert asked.warmup == 0.0
+
+
+def test_the_help_says_how_each_schedule_warms_up() -> None:
+    said = page("train", COMMANDS["train"])
+    text = " ".join(said[said.index("--warmup") :].split())
+    assert "default 0; 5 of 200 epochs with ldam, bbn and imagenet-lt, 5 of 210 with inaturalist" in text
+
+
+def test_listings_say_when_each_schedule_defers(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("ce-drw", "ce-drs", "ride"):
+        explain_method(parse_method(name), Console(width=100), ["clean"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.count("160 of 200 with ldam and bbn, 80 of 200 with imagenet-lt, 160 of 210 with inaturalist") >= 1
+
+
 def test_a_loss_may_bring_its_own_steps() -> None:
     schedule = Schedule.named("steps", own_steps=((0.5, 0.01), (0.8, 1e-4), (0.9, 1e-6)))
     factors = [schedule.factor(epoch, 10) for epoch in range(10)]
     assert factors == [1, 1, 1, 1, 1, 0.01, 0.01, 0.01, 1e-4, 1e-6]
     assert Schedule.named("cosine", own_steps=((0.5, 0.01),)) == Schedule("cosine")
+
+
+def test_what_the_listing_says_of_ibs_steps_holds_for_every_schedule() -> None:
+    assert "the learning rate steps are its code's with every --schedule but cosine" in LOSS_PARTS["ib"].changes
+    for name in get_args(ScheduleName):
+        theirs = Schedule.named(name, own_steps=ib_steps(0.5))
+        assert (theirs.milestones == (0.5, 160 / 200, 180 / 200)) == (name != "cosine"), name
 
 
 def test_warmup_of_ldams_code() -> None:

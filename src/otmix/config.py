@@ -61,9 +61,11 @@ class RunConfig:
         nesterov: Nesterov momentum for sgd.
         schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, the paper's for CIFAR), imagenet-lt (the
             same from 40, 80, 160 of 200) or inaturalist (x .1 at 30, 80, 130, 180 of 210), the paper's for those; ldam
-            (LDAM's code: x .01, .0001 from 160, 180 of 200, after a warm-up of 5; deferred re-weighting from 160 of
-            200), bbn (BBN's code: from 119, 159 of 200), or cosine.
-        warmup: share of the run during which the learning rate rises linearly (default 0, ldam 5/200).
+            (LDAM's code: x .01, .0001 from 160, 180 of 200), bbn (BBN's code: the same from 119, 159 of 200), or
+            cosine. Deferred re-weighting begins at 160 of 240, 160 of 200 with ldam and bbn, 80 of 200 with
+            imagenet-lt, 160 of 210 with inaturalist.
+        warmup: share of the run during which the learning rate rises linearly (default 0; 5 of 200 epochs with ldam,
+            bbn and imagenet-lt, 5 of 210 with inaturalist).
         evaluate_every: epochs between evaluations on validation images (or a fixed probe of training images where there
             are none).
         final_split: the images that the result is measured on, once, at the end.
@@ -248,6 +250,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+WARMUPS = {"ldam": 5 / 200, "bbn": 5 / 200, "imagenet-lt": 5 / 200, "inaturalist": 5 / 210}
+"""The share of the run that warms up, by schedule, as in LDAM's, BBN's and OTmix's released code; that has none on
+CIFAR.
+"""
+
+
 def recipe_name(data: str, small: bool, pretrained: bool) -> str:
     """Which recipe a run follows."""
     if data in ("cifar10", "cifar100"):
@@ -277,9 +285,7 @@ def with_defaults(
         f.name: getattr(config, f.name) if getattr(config, f.name) is not None else getattr(recipe, f.name)
         for f in fields(Recipe)
     }
-    warmup = config.warmup
-    if warmup is None:
-        warmup = 5 / 200 if chosen["schedule"] == "ldam" else 0.0
+    warmup = WARMUPS.get(chosen["schedule"], 0.0) if config.warmup is None else config.warmup
     return replace(config, backbone=backbone, pretrained=pretrained, image_size=image_size, warmup=warmup, **chosen)
 
 

@@ -147,9 +147,19 @@ class Protocol:
             raise UserError(f"alpha must be a positive number, it is {self.alpha}; the paper has 4")
         if self.confusion_per_class < 1:
             raise UserError(f"confusion_per_class must be at least 1, it is {self.confusion_per_class}")
-        for name in ("mix_probability", "mix_fraction", "confusion_shuffle", "confusion_noise"):
+        if not self.curriculum_power >= 0:  # nor NaN
+            raise UserError(f"curriculum_power must be 0 or more, it is {self.curriculum_power}; the paper has 1")
+        if not math.isfinite(self.foreground_r):
+            raise UserError(f"foreground_r must be a finite number, it is {self.foreground_r}; the paper has 1")
+        shares = ("mix_probability", "mix_from", "mix_until", "mix_fraction", "confusion_shuffle", "confusion_noise")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share, in [0, 1]; it is {getattr(self, name)}")
+        if self.mix_from > self.mix_until:
+            raise UserError(
+                f"mix_from {self.mix_from:.4g} lies above mix_until {self.mix_until:.4g}: mixing would end before it "
+                "begins"
+            )
 
     @property
     def looks_at_test(self) -> bool:

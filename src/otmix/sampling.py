@@ -91,7 +91,8 @@ class ClassSampling:
     Args:
         power: of the class frequency; 0 draws all classes evenly, 1/2 is square-root sampling (DRS in M2m's
             code: 0; others go by effective numbers, which is nearly the same up to some thousand images a class).
-        start: share of the run from which the law holds (DRS: 160 of 240 epochs; 160 of 200 with --schedule ldam).
+        start: share of the run from which the law holds; of DRS by --schedule: 160 of 240 epochs, 160 of 200 with ldam
+            and bbn, 80 of 200 with imagenet-lt, 160 of 210 with inaturalist (DRS in M2m's code: 160 of 200).
     """
 
     counts: ClassCounts

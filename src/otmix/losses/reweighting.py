@@ -26,8 +26,8 @@ class DeferredReweighting:
 
     Args:
         beta: of the effective numbers (LDAM's code: 0.9999).
-        start: share of the run from which they hold (released code: 160 of 240 epochs; 160 of 200 with --schedule
-            ldam).
+        start: share of the run from which they hold, by --schedule: 160 of 240 epochs, 160 of 200 with ldam and bbn, 80
+            of 200 with imagenet-lt, 160 of 210 with inaturalist (OTmix's and LDAM's code; of bbn none says).
     """
 
     counts: ClassCounts

@@ -49,8 +49,9 @@ class RIDE(Criterion):
             CIFAR: -0.45; for ImageNet-LT and iNaturalist: -0.2).
         rho: how far the temperature follows the class frequencies (RIDE's code for CIFAR: 0.05; for ImageNet-LT: 0.02,
             for iNaturalist: 0.015).
-        temperature_start: share of the run from which the temperature differs between classes (160 of 240 epochs, where
-            -drw begins; 160 of 200 in RIDE's code, and with --schedule ldam).
+        temperature_start: share of the run from which the temperature differs between classes: where -drw begins, by
+            --schedule 160 of 240 epochs, 160 of 200 with ldam and bbn, 80 of 200 with imagenet-lt, 160 of 210 with
+            inaturalist (RIDE's code for CIFAR: 160 of 200).
     """
 
     temperature: Tensor

@@ -91,7 +91,7 @@ LOSS_PARTS: dict[str, Part] = {
         "IB",
         "Park et al., ICCV 2021",
         "from half of the run on each image's loss is divided by its influence, |p - onehot| |h|, and weighted by 1/n; "
-        "with --schedule steps or ldam the learning rate steps are its code's",
+        "the learning rate steps are its code's with every --schedule but cosine",
         (
             "Read as a re-weighting, IB's influence is a constant to the gradient; in its code, and here, the "
             "gradient flows through it (loss.detach stops it).",
@@ -115,21 +115,25 @@ LOSS_PARTS: dict[str, Part] = {
     ),
 }
 
+_DEFERRED = (
+    "160 of 240 epochs (by --schedule: 160 of 200 with ldam and bbn, 80 of 200 with imagenet-lt, 160 of 210 with "
+    "inaturalist)"
+)
+
 REBALANCING_PARTS: dict[str, Part] = {
     "drw": Part(
         "DRW",
         "Cao et al., NeurIPS 2019",
-        "effective-number class weights (Cui et al. 2019, beta .9999) from 160/240 of the epochs (from 160/200 with "
-        "--schedule ldam)",
+        f"effective-number class weights (Cui et al. 2019, beta .9999) from {_DEFERRED}",
         (
-            "OTmix's paper does not say when the weights begin; its code says at epoch 160 of 240 on CIFAR, as here, "
-            "and at 80 of 200 on ImageNet-LT.",
+            "OTmix's paper does not say when the weights begin; its code says at epoch 160 of 240 on CIFAR, 80 of 200 "
+            "on ImageNet-LT and 160 of 210 on iNaturalist, as here.",
         ),
     ),
     "drs": Part(
         "DRS",
         "Cao et al., NeurIPS 2019",
-        "the background stream draws classes evenly from 160/240 of the epochs (160/200 with --schedule ldam)",
+        f"the background stream draws classes evenly from {_DEFERRED}",
         (
             "In LDAM's code the sampler never takes effect, the loader being built before it; here it does, as in "
             "M2m's.",
@@ -229,9 +233,9 @@ ARCHITECTURE_PARTS: dict[Architecture, Part] = {
         (
             "BBN's weights shift by 1 - ((e-1)/E)^2; E is 100 in its code's run of 90 epochs and 200 in that of 180, "
             "where they stop near .2; here E is the number of epochs.",
-            "BBN's CIFAR runs have Nesterov momentum and learning rate steps of x .01 at epochs 120 and 160 of 200, "
-            "and leave out an epoch's last, smaller batch; here --nesterov and --schedule bbn are asked for, and no "
-            "batch is left out.",
+            "BBN's CIFAR runs have Nesterov momentum, a warm-up of 5 epochs from a third of the learning rate and its "
+            "steps of x .01 at epochs 120 and 160 of 200, and leave out an epoch's last, smaller batch; here "
+            "--nesterov and --schedule bbn are asked for, and no batch is left out.",
             "The class weights of BBN's code have beta .999999; those of -drw here .9999 (rebalancing.beta).",
         ),
     ),

@@ -13,10 +13,10 @@ from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import parse_method
+from otmix.methods.building import architecture_of, build_criterion
 from otmix.models import Classifier, build_model
 from otmix.protocols import Overrides
 from otmix.training.records import read_config, read_settings, runs_folder
-from otmix.training.stages import architecture_of, build_criterion
 from otmix.types import ClassCounts
 
 

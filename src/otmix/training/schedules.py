@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from otmix.errors import UserError
 
 ScheduleName = Literal["steps", "ldam", "bbn", "imagenet-lt", "inaturalist", "cosine"]
-
-_STEPS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float]] = {
-    "steps": ((100 / 240, 160 / 240, 200 / 240), (0.1, 0.01, 0.0001), 160 / 240),
-    "imagenet-lt": ((40 / 200, 80 / 200, 160 / 200), (0.1, 0.01, 0.0001), 160 / 200),
-    "inaturalist": ((30 / 210, 80 / 210, 130 / 210, 180 / 210), (0.1, 0.01, 0.001, 0.0001), 180 / 210),
-    "ldam": ((160 / 200, 180 / 200), (0.01, 0.0001), 160 / 200),
-    "bbn": ((119 / 200, 159 / 200), (0.01, 0.0001), 160 / 200),
-}
-"""Milestones, factors and `deferred`. The first three are the paper's, section 5.1, for CIFAR, ImageNet-LT and
-iNaturalist; where no source speaks of deferred re-weighting, it begins with the last step, or as LDAM's.
-"""
 
 
 @dataclass(frozen=True)
@@ -28,27 +17,30 @@ class Schedule:
 
     "steps": `factors[i]` from the share `milestones[i]` of the epochs on (paper, section 5.1: x .1, .01, .0001 from
     epochs 100, 160, 200 of 240). "cosine": half a cosine from 1 to 0, per step. `warmup`: the share of the run over
-    which the factor rises linearly first, per epoch as in LDAM's code for "steps", per step for "cosine". `deferred`:
-    the share of the run from which deferred re-weighting and re-sampling take effect, unless told otherwise.
+    which the factor rises linearly first, from `warm_from`, per epoch as in LDAM's code for "steps", per step for
+    "cosine". `deferred`: the share of the run from which deferred re-weighting and re-sampling take effect, unless told
+    otherwise.
     """
 
     kind: Literal["steps", "cosine"] = "steps"
-    milestones: tuple[float, ...] = _STEPS["steps"][0]
-    factors: tuple[float, ...] = _STEPS["steps"][1]
+    milestones: tuple[float, ...] = (100 / 240, 160 / 240, 200 / 240)
+    factors: tuple[float, ...] = (0.1, 0.01, 0.0001)
     warmup: float = 0.0
-    deferred: float = _STEPS["steps"][2]
+    deferred: float = 160 / 240
+    warm_from: float = 0.0
 
     @classmethod
     def named(
         cls, name: ScheduleName, warmup: float = 0.0, own_steps: tuple[tuple[float, float], ...] | None = None
     ) -> Schedule:
-        """The schedule of a configuration. `own_steps` of a loss replace milestones and factors, but for cosine."""
-        if name == "cosine":
-            return cls("cosine", warmup=warmup)
-        milestones, factors, deferred = _STEPS[name]
-        if own_steps is not None:
-            milestones, factors = (tuple(each) for each in zip(*own_steps))
-        return cls("steps", milestones, factors, warmup, deferred)
+        """The schedule of a configuration, which knows the warm-up. `own_steps` of a loss replace milestones and
+        factors, but for cosine.
+        """
+        found = replace(_SCHEDULES[name], warmup=warmup)
+        if own_steps is None or name == "cosine":
+            return found
+        milestones, factors = (tuple(each) for each in zip(*own_steps))
+        return replace(found, milestones=milestones, factors=factors)
 
     def __post_init__(self) -> None:
         if len(self.milestones) != len(self.factors) or list(self.milestones) != sorted(self.milestones):
@@ -61,10 +53,26 @@ class Schedule:
         warm_epochs = self.warmup * epochs
         if self.kind == "steps":
             if epoch + 1 <= warm_epochs:
-                return (epoch + 1) / warm_epochs
+                return self.warm_from + (1.0 - self.warm_from) * (epoch + 1) / warm_epochs
             passed = [factor for milestone, factor in zip(self.milestones, self.factors) if epoch / epochs >= milestone]
             return passed[-1] if passed else 1.0
         done = epoch + step / steps
         if done < warm_epochs:
-            return (done + 1 / steps) / (warm_epochs + 1 / steps)
+            return self.warm_from + (1.0 - self.warm_from) * (done + 1 / steps) / (warm_epochs + 1 / steps)
         return 0.5 * (1.0 + math.cos(math.pi * (done - warm_epochs) / (epochs - warm_epochs)))
+
+
+_SCHEDULES: dict[ScheduleName, Schedule] = {
+    "steps": Schedule(),
+    "imagenet-lt": Schedule(milestones=(40 / 200, 80 / 200, 160 / 200), deferred=80 / 200),
+    "inaturalist": Schedule(
+        milestones=(30 / 210, 80 / 210, 130 / 210, 180 / 210), factors=(0.1, 0.01, 0.001, 0.0001), deferred=160 / 210
+    ),
+    "ldam": Schedule(milestones=(160 / 200, 180 / 200), factors=(0.01, 0.0001), deferred=160 / 200),
+    "bbn": Schedule(milestones=(119 / 200, 159 / 200), factors=(0.01, 0.0001), deferred=160 / 200, warm_from=1 / 3),
+    "cosine": Schedule("cosine"),
+}
+"""The steps of the first three are the paper's, section 5.1, for CIFAR, ImageNet-LT and iNaturalist; their `deferred`
+is that of its released code. Where no source speaks of deferred re-weighting, in BBN's code and of a cosine, it begins
+as LDAM's and as on CIFAR. How long each warms up stands in `config.WARMUPS`.
+"""

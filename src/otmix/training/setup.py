@@ -16,13 +16,14 @@ from otmix.errors import UserError
 from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import Method, check_read, parse_method
+from otmix.methods.building import architecture_of, build_criterion
 from otmix.models import Classifier, build_model, default_backbone, embed, list_backbones
 from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
 from otmix.training.confusion_source import ConfusionSource, confusion_origin
 from otmix.training.schedules import Schedule
 from otmix.training.stage import OptimizerSettings, Stage, StepItems
-from otmix.training.stages import architecture_of, build_criterion, build_stages
+from otmix.training.stages import build_stages
 from otmix.types import Embed, Embedded, Items, Output
 
 if TYPE_CHECKING:

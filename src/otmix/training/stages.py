@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 from otmix.config import RunConfig
-from otmix.costs import CombinedCost
 from otmix.data import ImageDataset
-from otmix.losses import LOSSES, RIDE, Criterion, DeferredReweighting
-from otmix.methods import Method, experts
-from otmix.mixer import BatchMixer, MixSchedule
-from otmix.mixing import PIXEL_RULES, Mixer
-from otmix.pairing import (
-    ConfusionPairing,
-    Curriculum,
-    IndexPairing,
-    Pairing,
-    TransportPairing,
-    WithinBatchPairing,
-)
-from otmix.protocols import Overrides, Protocol
-from otmix.sampling import ClassSampling, effective_number, inverse_frequency
-from otmix.settings import chosen
+from otmix.losses import Criterion
+from otmix.methods import Method
+from otmix.methods.building import build_mixer, build_rebalancing
+from otmix.protocols import Protocol
+from otmix.sampling import effective_number, inverse_frequency
 from otmix.training.bbn import bbn_step
 from otmix.training.schedules import Schedule
 from otmix.training.stage import OptimizerSettings, Stage, mix_and_classify
-from otmix.types import ClassCounts
-
-
-def build_criterion(method: Method, counts: ClassCounts, filled: Overrides) -> Criterion:
-    """The loss of a method, of each of its experts for RIDE, with its effective settings."""
-    part = LOSSES[method.loss]
-    criterion = part(counts, **chosen(part, filled.parts, "loss"))
-    if method.architecture != "ride":
-        return criterion
-    return RIDE(counts, criterion, **chosen(RIDE, filled.parts, "model"))  # type: ignore[arg-type]
-
-
-def architecture_of(method: Method, criterion: Criterion, filled: Overrides) -> dict[str, Any]:
-    """What `build_model` needs to know of a method: head, architecture and experts."""
-    return {
-        "head": criterion.head,
-        "architecture": method.architecture,
-        "experts": experts(**chosen(experts, filled.parts, "model")),  # type: ignore[arg-type]  # checked by `chosen`
-    }
 
 
 def build_stages(
@@ -87,44 +52,3 @@ def build_stages(
         step=bbn_step if method.architecture == "bbn" else mix_and_classify,
     )
     return (only,)
-
-
-def build_rebalancing(
-    method: Method, counts: ClassCounts, filled: Overrides
-) -> tuple[DeferredReweighting | None, ClassSampling | None]:
-    """Class weights of the loss, or classes of the background stream."""
-    if method.rebalancing is None:
-        return None, None
-    part = DeferredReweighting if method.drw else ClassSampling
-    built = part(counts, **chosen(part, filled.parts, "rebalancing"))  # type: ignore[arg-type]
-    return (built, None) if isinstance(built, DeferredReweighting) else (None, built)
-
-
-def build_mixer(method: Method, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> BatchMixer | None:
-    """Pairing, pixel rule and schedule of a method under a protocol; None for a method that mixes nothing."""
-    if method.pixels is None:
-        return None
-    pixels = build_pixel_rule(method.pixels, protocol, counts, filled)
-    pairing: Pairing = IndexPairing()
-    if method.pairing == "within-batch":
-        pairing = WithinBatchPairing(getattr(pixels, "partner_weight", None))
-    elif method.pairing == "confusion":
-        pairing = ConfusionPairing()
-    elif method.pairing == "transport":
-        cost = partial(CombinedCost, omega=protocol.omega, metric=protocol.metric, keep_diagonal=protocol.keep_diagonal)
-        transport = TransportPairing(cost, protocol.epsilon, select=protocol.select)
-        pairing = Curriculum(
-            pairing, transport, protocol.curriculum_power, protocol.curriculum_per, protocol.curriculum_one_based
-        )
-    schedule = MixSchedule(protocol.mix_probability, (protocol.mix_from, protocol.mix_until), protocol.mix_fraction)
-    return BatchMixer(pairing, pixels, schedule)
-
-
-def build_pixel_rule(name: str, protocol: Protocol, counts: ClassCounts, filled: Overrides) -> Mixer:
-    """A rule of `PIXEL_RULES`. It gets what its constructor takes: the protocol's alpha, box and per, the counts, and
-    its own settings.
-    """
-    rule: Callable[..., Mixer] = PIXEL_RULES[name]
-    offered = {"alpha": protocol.alpha, "box": protocol.box, "per": protocol.box_per, "counts": counts}
-    takes = inspect.signature(rule).parameters
-    return rule(**{key: value for key, value in offered.items() if key in takes}, **chosen(rule, filled.parts, "mixer"))
