@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from otmix.confusion import ConfusionCounter
 from otmix.errors import UserError
@@ -16,6 +16,7 @@ from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
 from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
+from otmix.own_loop.foregrounds import ForegroundSteps
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -105,8 +106,7 @@ class OTMixer:
                 "the training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
-        self._loader_sizes: set[int] = set()  # the batch sizes of the foreground loaders it has made
-        self._has_cut = False  # whether a batch of such a loader was cut in this epoch
+        self.entries = 0  # how often it has come to an epoch, by end_epoch or a state: foregrounds begin anew there
         self.confusion: Confusion | None = None
         self.counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin(), decay=STREAM_DECAY)
 
@@ -117,11 +117,10 @@ class OTMixer:
 
     def __call__(self, background: LabelledImages, foreground: LabelledImages) -> Mixed:
         """Mix two batches `(images [B,C,H,W], labels [B], …)`. The foreground is moved to the background's device, and
-        cut to its length, which only the last batch of an epoch needs.
+        cut to its length, as the last batch of an epoch may be short.
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
-        CPU that are out of range, for fewer foregrounds than backgrounds, for a foreground_loader of larger batches
-        than the backgrounds', and for what is no such batch.
+        CPU that are out of range, for fewer foregrounds than backgrounds, and for what is no such batch.
         """
         background, foreground = labelled(background), labelled(foreground)
         device = background[0].device
@@ -134,8 +133,6 @@ class OTMixer:
                 f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
                 f"lost; make the foreground_loader with batch_size={len(back)}"
             )
-        if len(fore) < len(foreground[0]):
-            self._check_cut(len(back), len(foreground[0]))
         if self.counter.table.device != device:
             self._move(device)
         images = {id(back.items): back.images, id(fore.items): fore.images}
@@ -181,22 +178,23 @@ class OTMixer:
         estimate = counter.estimate(_over_all_processes if together else None)
         if estimate is not None:
             self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
-        self.epoch, self.step, self._has_cut = self.epoch + 1, 0, False
+        self._enter(self.epoch + 1, 0)
 
     def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
-        """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
-        collate_fn, …). `batch_size` is that of the backgrounds' loader, for one process.
+        """A `DataLoader` of foregrounds (eq. 3); `options` go to it (num_workers, collate_fn, …). `batch_size` is that
+        of the backgrounds' loader, for one process.
 
-        What it draws follows the mixer's epoch, so a resumed mixer resumes it too. Raises UserError for a dataset that
-        has not one image for each label that OTMixer was given.
+        It has no end and no length: in `zip(loader, foreground_loader)` the backgrounds decide how long an epoch is.
+        What it draws follows the mixer: it begins at the epoch and step where that is, so a resumed mixer resumes it.
+        Raises UserError for a dataset that has not one image for each label that OTMixer was given; and, when a pass
+        begins, where `end_epoch` was not called after the pass before.
         """
         if isinstance(dataset, Sized) and len(dataset) != len(self.labels):
             raise UserError(
                 f"the foreground dataset has {len(dataset)} images, but OTMixer was given {len(self.labels)} labels; "
                 "give both of the same images, in the same order"
             )
-        self._loader_sizes.add(batch_size)
-        return DataLoader(dataset, batch_size=batch_size, sampler=_ForegroundSampler(self, batch_size), **options)
+        return DataLoader(dataset, batch_size=batch_size, sampler=ForegroundSteps(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
@@ -211,7 +209,11 @@ class OTMixer:
         return transform
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resumes the mixer (of several processes: of this one), as tensors and plain values."""
+        """Everything that resumes the mixer (of several processes: of this one), as tensors and plain values.
+
+        Taken within an epoch, it resumes at the next step, the foreground_loader too, if all of its batches went to the
+        mixer; your loader must then go on at that batch as well.
+        """
         confusion = self.confusion
         return {
             "epoch": self.epoch,
@@ -235,7 +237,7 @@ class OTMixer:
                 f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "
                 "use the same labels"
             )
-        self.epoch, self.step, self._has_cut = state["epoch"], state["step"], False
+        self._enter(state["epoch"], state["step"])
         self.counter.table.value = state["counts"]
         saved = state["confusion"]
         self.confusion = (
@@ -243,6 +245,9 @@ class OTMixer:
             if saved is None
             else Confusion(saved["matrix"].to(self.counter.table.device), ConfusionOrigin(**saved["origin"]))
         )
+
+    def _enter(self, epoch: int, step: int) -> None:
+        self.epoch, self.step, self.entries = epoch, step, self.entries + 1
 
     def _check(self, labels: Tensor) -> None:
         """Raises UserError for a label out of range. Those on a GPU are not looked at: that would wait for it."""
@@ -255,21 +260,6 @@ class OTMixer:
                 f"with labels 0 … {k - 1}"
             )
 
-    def _check_cut(self, backgrounds: int, foregrounds: int) -> None:
-        """Raises UserError where a foreground_loader's batches are larger than the backgrounds', so that it ends before
-        them: only the last batch of an epoch is short. Foregrounds from elsewhere may be as many as they like.
-        """
-        if foregrounds not in self._loader_sizes:
-            return
-        # the first is short by right only where all images are one batch
-        if self._has_cut or (self.step == 0 and backgrounds < len(self.labels) // self.world):
-            raise UserError(
-                f"the foreground batch has {foregrounds} images, the background {backgrounds}, so the "
-                "foreground_loader would end before your loader, and images be lost; make it with your loader's "
-                "batch size, and call end_epoch() after each pass over your loader"
-            )
-        self._has_cut = True
-
     def _move(self, device: torch.device) -> None:
         counts = self.counter.table.value
         self.counter = ConfusionCounter(
@@ -278,24 +268,6 @@ class OTMixer:
         self.counter.table.value = counts
         if self.confusion is not None:
             self.confusion = replace(self.confusion, matrix=self.confusion.matrix.to(device))
-
-
-class _ForegroundSampler(Sampler[int]):
-    """Eq. 3, step by step: what a step draws is a function of the mixer's epoch and the step alone."""
-
-    def __init__(self, mixer: OTMixer, batch_size: int) -> None:
-        self.mixer, self.batch_size = mixer, batch_size
-
-    def __len__(self) -> int:
-        steps = -(-len(self.mixer.labels) // (self.batch_size * self.mixer.world))
-        return steps * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        moment = replace(self.mixer.moment, epoch=self.mixer.epoch)
-        for step in range(len(self) // self.batch_size):
-            items = self.mixer.stream.step(self.batch_size, replace(moment, step=step))
-            assert items.index is not None  # drawn from a labelled dataset
-            yield from items.index.tolist()
 
 
 def _never_embeds(pairing: Pairing) -> bool:
