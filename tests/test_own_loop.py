@@ -429,6 +429,24 @@ def test_forgetting_end_epoch_shows_in_the_second_pass() -> None:
     next(zip(backgrounds(16), foregrounds))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_foregrounds_in_another_order_than_the_labels_are_refused(workers: int) -> None:
+    images, labels = dataset().tensors
+    mixer = make(Net())
+    foregrounds = mixer.foreground_loader(TensorDataset(images.flip(0), labels.flip(0)), 16, num_workers=workers)
+    with pytest.raises(UserError, match=r"^image \d+ of the foreground dataset has label \d, but \d among the labels"):
+        next(zip(backgrounds(16), foregrounds))
+
+
+def test_batches_of_another_form_come_as_they_are() -> None:
+    """The loader looks at pairs of images and labels; of the rest the mixer is told by its caller."""
+
+    def as_dict(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {"image": torch.stack([image for image, _ in batch])}
+
+    assert len(next(iter(make(Net()).foreground_loader(dataset(), 16, collate_fn=as_dict)))["image"]) == 16
+
+
 def test_foregrounds_from_elsewhere_may_be_more_in_every_step() -> None:
     mixer = make(Net(), pairing=IndexPairing())
     images, labels = dataset().tensors

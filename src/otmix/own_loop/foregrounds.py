@@ -5,16 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from otmix.errors import UserError
+from otmix.own_loop.batches import labelled
 from otmix.randomness import Moment
 from otmix.types import Items
 
 if TYPE_CHECKING:
     from otmix.own_loop.otmixer import OTMixer
+
+
+class ForegroundLoader(DataLoader[Any]):
+    """A DataLoader whose batches are held against the labels that were drawn, here, as an error in a worker comes with
+    its whole traceback. Raises UserError where they differ.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches, steps = super().__iter__(), self.sampler
+        # whoever puts another sampler in, or lets workers overtake each other, is not looked at
+        if not isinstance(steps, ForegroundSteps) or not getattr(self, "in_order", True):
+            yield from batches
+            return
+        place = steps.place()
+        for step, batch in enumerate(batches, place.step):
+            _check_labels(batch, steps.draw(replace(place, step=step)))
+            yield batch
 
 
 class ForegroundSteps(Sampler[int]):
@@ -47,3 +65,24 @@ class ForegroundSteps(Sampler[int]):
             items = self.draw(replace(place, step=step))
             assert items.index is not None  # drawn from a labelled dataset
             yield from items.index.tolist()
+
+
+def _check_labels(batch: object, drawn: Items) -> None:
+    """Raises UserError where a batch has other labels. One of another form is for `OTMixer.__call__` to judge, once its
+    user has made images and labels of it; labels on a GPU are not looked at, that would wait for it.
+    """
+    try:
+        labels = labelled(batch)[1]
+    except UserError:
+        return
+    if labels.device.type != "cpu" or labels.shape != drawn.labels.shape:
+        return
+    different = (labels != drawn.labels).nonzero()
+    if len(different):
+        first = int(different[0])
+        assert drawn.index is not None
+        raise UserError(
+            f"image {int(drawn.index[first])} of the foreground dataset has label {int(labels[first])}, but "
+            f"{int(drawn.labels[first])} among the labels that OTMixer was given; give both of the same images, in the "
+            "same order"
+        )

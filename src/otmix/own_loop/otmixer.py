@@ -16,7 +16,7 @@ from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
 from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
-from otmix.own_loop.foregrounds import ForegroundSteps
+from otmix.own_loop.foregrounds import ForegroundLoader, ForegroundSteps
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -186,15 +186,16 @@ class OTMixer:
 
         It has no end and no length: in `zip(loader, foreground_loader)` the backgrounds decide how long an epoch is.
         What it draws follows the mixer: it begins at the epoch and step where that is, so a resumed mixer resumes it.
-        Raises UserError for a dataset that has not one image for each label that OTMixer was given; and, when a pass
-        begins, where `end_epoch` was not called after the pass before.
+        Raises UserError for a dataset that has not one image for each label that OTMixer was given; with the batch that
+        shows it, for one in another order than the labels; and, when a pass begins, where `end_epoch` was not called
+        after the pass before.
         """
         if isinstance(dataset, Sized) and len(dataset) != len(self.labels):
             raise UserError(
                 f"the foreground dataset has {len(dataset)} images, but OTMixer was given {len(self.labels)} labels; "
                 "give both of the same images, in the same order"
             )
-        return DataLoader(dataset, batch_size=batch_size, sampler=ForegroundSteps(self, batch_size), **options)
+        return ForegroundLoader(dataset, batch_size=batch_size, sampler=ForegroundSteps(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
