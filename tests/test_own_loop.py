@@ -447,6 +447,49 @@ def test_batches_of_another_form_come_as_they_are() -> None:
     assert len(next(iter(make(Net()).foreground_loader(dataset(), 16, collate_fn=as_dict)))["image"]) == 16
 
 
+# ---- as a transform
+
+
+def test_a_transform_resumes_with_a_loader_that_drops_its_last_batch() -> None:
+    """Its foregrounds begin anew in each epoch, so that none is left over."""
+
+    def train(mixer: OTMixer, epochs: range) -> list[torch.Tensor]:
+        transform, images = mixer.as_transform(mixer.foreground_loader(dataset(), 16)), []
+        for epoch in epochs:
+            order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
+            images += [transform(*dataset()[order[i : i + 16]])[0] for i in (0, 16, 32)]
+            mixer.end_epoch()
+        return images
+
+    want = train(make(Net(), pairing=IndexPairing()), range(4))
+    first, second = (make(Net(), pairing=IndexPairing()) for _ in range(2))
+    found = train(first, range(2))
+    second.load_state_dict(first.state_dict())
+    found += train(second, range(2, 4))
+    assert all(map(torch.equal, found, want))
+
+
+def test_a_transform_begins_anew_where_a_state_is_loaded_into_its_mixer() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    transform, (images, labels) = mixer.as_transform(mixer.foreground_loader(dataset(), 16)), dataset().tensors
+    state = mixer.state_dict()
+    first = transform(images[:16], labels[:16])[0]
+    mixer.load_state_dict(state)
+    assert torch.equal(transform(images[:16], labels[:16])[0], first)
+
+
+def test_a_transform_goes_round_foregrounds_that_end() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    images, labels = dataset().tensors
+    transform = mixer.as_transform([(images[:16], labels[:16])])
+    for _ in range(2):
+        for _ in range(3):
+            assert len(transform(images[:16], labels[:16])[0]) == 16
+        mixer.end_epoch()
+    with pytest.raises(UserError, match="gave no batch"):
+        mixer.as_transform([])(images[:16], labels[:16])
+
+
 def test_foregrounds_from_elsewhere_may_be_more_in_every_step() -> None:
     mixer = make(Net(), pairing=IndexPairing())
     images, labels = dataset().tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -198,13 +198,17 @@ class OTMixer:
         return ForegroundLoader(dataset, batch_size=batch_size, sampler=ForegroundSteps(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
-        `foregrounds` without end.
+        """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`. It begins
+        `foregrounds` anew in each epoch, as `zip` does, and goes round where they end before it.
         """
-        endless = again_and_again(foregrounds)
+        entry = -1
+        batches: Iterator[LabelledImages] = iter(())
 
         def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            mixed = self((images, labels), next(endless))
+            nonlocal entry, batches
+            if entry != self.entries:
+                entry, batches = self.entries, again_and_again(foregrounds)
+            mixed = self((images, labels), next(batches))
             return mixed.images, mixed.soft_labels(self.counts.num_classes)
 
         return transform
