@@ -1,5 +1,7 @@
 """OTmix in someone's own loop."""
 
+import io
+import re
 import runpy
 import sys
 from contextlib import nullcontext
@@ -495,6 +497,43 @@ def test_foregrounds_from_elsewhere_may_be_more_in_every_step() -> None:
     images, labels = dataset().tensors
     for background in backgrounds(16):
         mixer(background, (images[:40], labels[:40]))
+
+
+# ---- a state of other settings
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"epochs": 5}, "had epochs=4, this one has 5;"),
+        ({"seed": 3}, "had seed=0, this one has 3;"),
+        ({"r": 2.0}, "had r=0.0, this one has 2.0;"),
+        ({"world": 2}, "had world=1, this one has 2;"),
+        ({"epochs": 5, "seed": 3}, "had epochs=4, this one has 5; it had seed=0, this one has 3;"),
+        ({"labels": dataset().tensors[1].flip(0)}, "had other labels, or the same ones in another order;"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(other: dict[str, object], message: str) -> None:
+    given = {"labels": dataset().tensors[1], "epochs": 4, "schedule": MixSchedule()}
+    state = OTMixer(Net(), **given).state_dict()  # type: ignore[arg-type]
+    mixer = OTMixer(Net(), **given | other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=re.escape(f"the saved mixer {message} make OTMixer as it was then")):
+        mixer.load_state_dict(state | {"epoch": 1})
+    assert mixer.epoch == 0
+
+
+def test_a_state_is_plain_and_stays_as_it_was() -> None:
+    mixer, other = (make(Net(), pairing=TransportPairing()) for _ in range(2))
+    mixer(*first_and_last())
+    mixer.end_epoch()
+    saved = io.BytesIO()
+    torch.save(mixer.state_dict(), saved)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    counted = state["counts"].clone()
+    other.load_state_dict(state)
+    other(*first_and_last())
+    assert torch.equal(state["counts"], counted)
 
 
 # ---- what is given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -93,7 +94,7 @@ class OTMixer:
         labels = torch.as_tensor(labels)
         self.counts = ClassCounts.from_labels(labels)
         self.labels = labels.to(torch.int64)
-        self.epochs, self.seed, self.rank, self.world = int(epochs), seed, rank, world
+        self.epochs, self.seed, self.r, self.rank, self.world = int(epochs), seed, r, rank, world
         self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
         self.batch_mixer = BatchMixer(
             pairing or Curriculum(IndexPairing(), TransportPairing()),
@@ -227,13 +228,14 @@ class OTMixer:
             if confusion is None
             else {"matrix": confusion.matrix, "origin": vars(confusion.origin).copy()},
             "counts": self.counter.table.value.clone(),
+            "training": self._training(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with the same labels, epochs, seed and processes. Raises UserError for
-        another number of classes, and for what is no such state.
+        """Go on where `state_dict` was taken, with the same labels, epochs, seed, r and number of processes. Raises
+        UserError for others, and for what is no such state.
         """
-        if missing := {"epoch", "step", "confusion", "counts"} - state.keys():
+        if missing := {"epoch", "step", "confusion", "counts", "training"} - state.keys():
             raise UserError(
                 f"this is no state of an OTMixer, it lacks {', '.join(sorted(missing))}; give what state_dict() gave"
             )
@@ -242,14 +244,37 @@ class OTMixer:
                 f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "
                 "use the same labels"
             )
+        saved, own = state["training"], self._training()
+        if others := [name for name in own if saved.get(name) != own[name]]:
+            raise UserError(
+                "the saved mixer had "
+                + "; it had ".join(
+                    "other labels, or the same ones in another order"
+                    if name == "labels"
+                    else f"{name}={saved.get(name)}, this one has {own[name]}"
+                    for name in others
+                )
+                + "; make OTMixer as it was then"
+            )
         self._enter(state["epoch"], state["step"])
         self.counter.table.value = state["counts"]
-        saved = state["confusion"]
+        confusion = state["confusion"]
         self.confusion = (
             None
-            if saved is None
-            else Confusion(saved["matrix"].to(self.counter.table.device), ConfusionOrigin(**saved["origin"]))
+            if confusion is None
+            else Confusion(confusion["matrix"].to(self.counter.table.device), ConfusionOrigin(**confusion["origin"]))
         )
+
+    def _training(self) -> dict[str, Any]:
+        """What decides the draws, as plain values. Not the rank: a state of the first process may serve all."""
+        labels = hashlib.blake2b(self.labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+        return {
+            "labels": labels,
+            "epochs": self.epochs,
+            "seed": int(self.seed),
+            "r": float(self.r),
+            "world": int(self.world),
+        }
 
     def _enter(self, epoch: int, step: int) -> None:
         self.epoch, self.step, self.entries = epoch, step, self.entries + 1
