@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from otmix.errors import UserError
 from otmix.mixer import MixSchedule
-from otmix.mixing import CutMix
+from otmix.mixing import CutMix, Mixup
 from otmix.own_loop import OTMixer
 from otmix.pairing import ConfusionPairing, Curriculum, IndexPairing, PairingContext, TransportPairing
 from otmix.randomness import Moment
@@ -643,3 +643,52 @@ def test_a_batch_that_is_no_pair_is_refused() -> None:
         make(Net())({"image": background[0], "label": background[1]}, foreground)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not a Tensor"):
         make(Net())(background, foreground[0])  # type: ignore[arg-type]
+
+
+# ---- wrong objects
+
+
+class Half(IndexPairing):
+    """A pairing that leaves foregrounds out."""
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        return super().__call__(foreground[: len(foreground) // 2], background, embed, context)
+
+
+class Bare:
+    """A pairing that does not say where its foregrounds come from."""
+
+    def __call__(self, *given: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairing": "otmix"}, r"pairing must be .* not a str; for example TransportPairing\(\)"),
+        ({"pairing": TransportPairing}, r"pairing must be an object, not the class TransportPairing; .* make one"),
+        ({"pairing": Curriculum(IndexPairing(), TransportPairing)}, "not the class TransportPairing"),  # type: ignore[arg-type]
+        ({"pairing": Bare()}, "pairing must .*, not a Bare"),
+        ({"pixels": Mixup}, "pixels must be an object, not the class Mixup"),
+        ({"pixels": "mixup"}, r"pixels must .* not a str; for example CutMix\(\)"),
+        ({"schedule": 0.5}, r"schedule must .* not a float; for example MixSchedule\(0.5\)"),
+        ({"schedule": MixSchedule}, "schedule must be an object, not the class MixSchedule"),
+        ({"model": Net}, "model must be an object, not the class Net"),
+        ({"model": None}, "model must .* not a NoneType"),
+    ],
+)
+def test_what_is_no_part_of_a_mixer_is_refused_at_once(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OTMixer(**{"model": Net(), "labels": [0, 1], "epochs": 4} | options)  # type: ignore[arg-type]
+
+
+def test_foregrounds_of_another_size_are_refused_even_where_nothing_is_mixed() -> None:
+    background, (images, labels) = first_and_last()
+    mixer = make(Net(), schedule=MixSchedule(window=(0.5, 1.0)))
+    with pytest.raises(UserError, match=r"foreground images are 1 × 8 × 7, the background images 1 × 8 × 8"):
+        mixer(background, (images[..., :7], labels))
+    assert mixer.step == 0
+
+
+def test_a_pairing_that_loses_images_is_refused() -> None:
+    with pytest.raises(UserError, match="Half gave 8 pairs for 16 foregrounds"):
+        make(Net(), pairing=Half())(*first_and_last())

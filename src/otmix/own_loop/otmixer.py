@@ -18,6 +18,7 @@ from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
 from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
 from otmix.own_loop.foregrounds import ForegroundLoader, ForegroundSteps
+from otmix.own_loop.parts import check_model, check_pairing, check_pixels, check_schedule
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -90,20 +91,24 @@ class OTMixer:
                 f"OTMixer needs the number of epochs of the whole training, a whole number, at least 1, not {epochs}"
             )
         check_place(rank, world)
+        pairing = Curriculum(IndexPairing(), TransportPairing()) if pairing is None else pairing
+        pixels = CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per) if pixels is None else pixels
+        if schedule is None:
+            schedule = MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction)
+        check_model(model)
+        check_pairing(pairing)
+        check_pixels(pixels)
+        check_schedule(schedule)
         self.model = model
         labels = torch.as_tensor(labels)
         self.counts = ClassCounts.from_labels(labels)
         self.labels = labels.to(torch.int64)
         self.epochs, self.seed, self.r, self.rank, self.world = int(epochs), seed, r, rank, world
         self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
-        self.batch_mixer = BatchMixer(
-            pairing or Curriculum(IndexPairing(), TransportPairing()),
-            pixels or CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per),
-            schedule or MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction),
-        )
-        if not (window := self.batch_mixer.schedule).reaches(self.epochs):
+        self.batch_mixer = BatchMixer(pairing, pixels, schedule)
+        if not schedule.reaches(self.epochs):
             raise UserError(
-                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {window.window} of "
+                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {schedule.window} of "
                 "the training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
@@ -121,7 +126,8 @@ class OTMixer:
         cut to its length, as the last batch of an epoch may be short.
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
-        CPU that are out of range, for fewer foregrounds than backgrounds, and for what is no such batch.
+        CPU that are out of range, for fewer foregrounds than backgrounds or ones of another size, for a pairing that
+        leaves some out, and for what is no such batch.
         """
         background, foreground = labelled(background), labelled(foreground)
         device = background[0].device
@@ -133,6 +139,11 @@ class OTMixer:
             raise UserError(
                 f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
                 f"lost; make the foreground_loader with batch_size={len(back)}"
+            )
+        if fore.images.shape[1:] != back.images.shape[1:]:
+            of_fore, of_back = (" × ".join(map(str, batch.images.shape[1:])) for batch in (fore, back))
+            raise UserError(
+                f"the foreground images are {of_fore}, the background images {of_back}; give both the same transforms"
             )
         if self.counter.table.device != device:
             self._move(device)
