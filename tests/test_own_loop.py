@@ -1,18 +1,21 @@
 """OTmix in someone's own loop."""
 
+import io
+import re
 import runpy
 import sys
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from otmix.errors import UserError
 from otmix.mixer import MixSchedule
-from otmix.mixing import CutMix
+from otmix.mixing import CutMix, Mixup
 from otmix.own_loop import OTMixer
 from otmix.pairing import ConfusionPairing, Curriculum, IndexPairing, PairingContext, TransportPairing
 from otmix.randomness import Moment
@@ -58,7 +61,7 @@ def train(mixer: OTMixer, net: Net, epochs: int, optimizer: torch.optim.Optimize
     foregrounds = mixer.foreground_loader(data, batch_size=16)
     while mixer.epoch < epochs:
         loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(mixer.epoch))
-        for background, foreground in zip(loader, foregrounds, strict=True):
+        for background, foreground in zip(loader, foregrounds):
             mixed = mixer(background, foreground)
             loss = mixed.loss(criterion, net(mixed.images))
             optimizer.zero_grad()
@@ -111,9 +114,8 @@ def test_the_foreground_loader_follows_its_law_and_the_epoch(given: dict[str, fl
     loader = mixer.foreground_loader(dataset(), batch_size=16)
     epochs = []
     for _ in range(3):
-        epochs.append(torch.cat([labels for _, labels in loader]))
+        epochs.append(torch.cat([labels for _, labels in islice(loader, 4)]))
         mixer.end_epoch()
-    assert len(epochs[0]) == len(loader) * 16 == 64
     share = torch.bincount(torch.cat(epochs), minlength=3) / (3 * 64)
     assert (share - torch.tensor(want) / sum(want)).abs().max() < 0.12
     assert not torch.equal(epochs[0], epochs[1])
@@ -121,13 +123,15 @@ def test_the_foreground_loader_follows_its_law_and_the_epoch(given: dict[str, fl
 
 def test_workers_draw_the_same_foregrounds() -> None:
     mixer = make(Net())
-    alone, two = (torch.cat([y for _, y in mixer.foreground_loader(dataset(), 16, num_workers=n)]) for n in (0, 2))
+    loaders = (mixer.foreground_loader(dataset(), 16, num_workers=n) for n in (0, 2))
+    alone, two = (torch.cat([y for _, y in islice(loader, 4)]) for loader in loaders)
     assert torch.equal(alone, two)
 
 
 def test_two_processes_draw_different_parts_of_one_stream() -> None:
-    whole = list(iter(make(Net()).foreground_loader(dataset(), 16).sampler))
-    first, second = (list(iter(make(Net(), rank=r, world=2).foreground_loader(dataset(), 8).sampler)) for r in (0, 1))
+    whole = list(islice(make(Net()).foreground_loader(dataset(), 16).sampler, 64))
+    loaders = (make(Net(), rank=r, world=2).foreground_loader(dataset(), 8) for r in (0, 1))
+    first, second = (list(islice(loader.sampler, 32)) for loader in loaders)
     assert sorted(first + second) == sorted(whole)
     assert first != second
 
@@ -335,30 +339,35 @@ def test_a_training_that_would_mix_nothing_is_refused(epochs: int, refused: bool
         OTMixer(Net(), dataset().tensors[1], epochs, schedule=schedule)
 
 
-# ---- the batch sizes of the two loaders
+# ---- the two loaders
 
 
 def backgrounds(batch_size: int, drop_last: bool = False) -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(dataset(), batch_size, shuffle=True, drop_last=drop_last)
 
 
-@pytest.mark.parametrize(("own", "foreign"), [(16, 32), (16, 128), (31, 32), (1, 16), (30, 60)])
-def test_larger_foreground_batches_are_refused_as_their_loader_would_end_first(own: int, foreign: int) -> None:
-    """128: all foregrounds of an epoch are one batch, and images would be lost in its only step."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_backgrounds_longer_than_the_dataset_lose_nothing(workers: int) -> None:
+    """A sampler of 10 N images, as for long tails; and no foregrounds come twice."""
     mixer = make(Net(), pairing=IndexPairing())
-    with pytest.raises(UserError, match=rf"{foreign} images, the background {own}, .* with your loader's batch size"):
-        mixer(next(iter(backgrounds(own))), next(iter(mixer.foreground_loader(dataset(), foreign))))
-    assert mixer.step == 0
+    weighted = WeightedRandomSampler(torch.ones(60), 600)
+    loader = DataLoader(dataset(), 16, sampler=weighted)
+    foregrounds = mixer.foreground_loader(dataset(), 16, num_workers=workers, persistent_workers=workers > 0)
+    drawn = []
+    for _ in range(2):
+        labels = []
+        for background, foreground in zip(loader, foregrounds):
+            mixer(background, foreground)
+            labels.append(tuple(foreground[1].tolist()))
+        assert mixer.step == len(loader) == 38
+        drawn += labels
+        mixer.end_epoch()
+    assert len(set(drawn)) > 70
 
 
-def test_larger_foreground_batches_are_refused_in_the_middle_of_an_epoch_too() -> None:
-    """After one, which may be the last; a state from within an epoch does not know what was before."""
-    mixer = make(Net(), pairing=IndexPairing())
-    mixer.load_state_dict(mixer.state_dict() | {"step": 1})
-    pairs = zip(backgrounds(16), mixer.foreground_loader(dataset(), 32))
-    mixer(*next(pairs))
-    with pytest.raises(UserError, match="would end before your loader"):
-        mixer(*next(pairs))
+def test_a_loader_without_end_has_no_length() -> None:
+    with pytest.raises(TypeError):
+        len(make(Net()).foreground_loader(dataset(), 16))
 
 
 @pytest.mark.parametrize("size", [7, 16, 20, 32, 59, 60, 128])
@@ -372,60 +381,159 @@ def test_a_short_last_batch_is_cut_in_every_epoch(size: int, drops: tuple[bool, 
         mixer.end_epoch()
 
 
-def test_a_short_last_batch_of_fewer_backgrounds_and_of_a_part_for_each_process() -> None:
-    """The backgrounds may be a sample of the images, so theirs ends before the last of the foregrounds."""
-    images, labels = dataset().tensors
-    alone, second = make(Net(), pairing=IndexPairing()), make(Net(), rank=1, world=2, pairing=IndexPairing())
-    for mixer, of, size in (
-        (alone, slice(0, 24), 16),
-        (second, slice(1, None, 2), 16),
-        (second, slice(1, None, 2), 32),
-    ):
-        loader = DataLoader(TensorDataset(images[of], labels[of]), size)
-        for _ in range(2):
-            lengths = [len(mixer(*pair).images) for pair in zip(loader, mixer.foreground_loader(dataset(), size))]
-            assert sum(lengths) == len(labels[of])
-            mixer.end_epoch()
-
-
-def test_resuming_before_the_short_last_batch() -> None:
-    mixer, other = (make(Net(), pairing=IndexPairing()) for _ in range(2))
-    pairs = list(zip(backgrounds(16), mixer.foreground_loader(dataset(), 16)))
-    for pair in pairs[:2]:
-        mixer(*pair)
-    other.foreground_loader(dataset(), 16)
-    other.load_state_dict(mixer.state_dict())
-    for pair in pairs[2:]:
-        assert torch.equal(other(*pair).images, mixer(*pair).images)
-
-
-def test_a_transform_with_larger_foreground_batches_is_refused_and_a_short_last_batch_is_not() -> None:
+@pytest.mark.parametrize(("own", "foreign"), [(16, 32), (16, 128), (31, 32), (30, 60)])
+def test_larger_foreground_batches_are_cut_and_lose_no_background(own: int, foreign: int) -> None:
     mixer = make(Net(), pairing=IndexPairing())
-    transform = mixer.as_transform(mixer.foreground_loader(dataset(), 16))
-    for _ in range(3):
-        assert sum(len(transform(*batch)[0]) for batch in backgrounds(16)) == 60
+    foregrounds = mixer.foreground_loader(dataset(), foreign)
+    assert sum(len(mixer(*pair).images) for pair in zip(backgrounds(own), foregrounds)) == 60
+
+
+def test_a_part_of_the_backgrounds_for_each_process() -> None:
+    images, labels = dataset().tensors
+    mixer = make(Net(), rank=1, world=2, pairing=IndexPairing())
+    loader = DataLoader(TensorDataset(images[1::2], labels[1::2]), 16)
+    foregrounds = mixer.foreground_loader(dataset(), 16)
+    for _ in range(2):
+        assert sum(len(mixer(*pair).images) for pair in zip(loader, foregrounds)) == 30
         mixer.end_epoch()
-    transform = mixer.as_transform(mixer.foreground_loader(dataset(), 32))
-    with pytest.raises(UserError, match="32 images, the background 16"):
-        transform(*next(iter(backgrounds(16))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixer_resumed_within_an_epoch_gets_the_foregrounds_that_were_next(workers: int) -> None:
+    def fresh() -> tuple[OTMixer, DataLoader[tuple[torch.Tensor, ...]]]:
+        mixer = make(Net(), pairing=IndexPairing())
+        return mixer, mixer.foreground_loader(dataset(), 16, num_workers=workers)
+
+    (mixer, foregrounds), batches = fresh(), list(backgrounds(16))
+    images, state = [], {}
+    for background, foreground in zip(batches, foregrounds):
+        images.append(mixer(background, foreground).images)
+        if mixer.step == 2:
+            state = mixer.state_dict()
+    other, foregrounds = fresh()
+    other.load_state_dict(state)
+    resumed = [other(*pair).images for pair in zip(batches[2:], foregrounds)]
+    assert len(resumed) == 2
+    for found, want in zip(resumed, images[2:]):
+        assert torch.equal(found, want)
+
+
+def test_forgetting_end_epoch_shows_in_the_second_pass() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    foregrounds = mixer.foreground_loader(dataset(), 16)
+    next(iter(foregrounds))  # a look at them counts for nothing
+    for pair in zip(backgrounds(16, drop_last=True), foregrounds):
+        mixer(*pair)
+    with pytest.raises(UserError, match=r"epoch 0, after 3 steps; call end_epoch\(\) after each pass"):
+        next(zip(backgrounds(16), foregrounds))
+    next(iter(mixer.foreground_loader(dataset(), 16)))  # another loader's first pass
+    mixer.end_epoch()
+    next(zip(backgrounds(16), foregrounds))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_foregrounds_in_another_order_than_the_labels_are_refused(workers: int) -> None:
+    images, labels = dataset().tensors
+    mixer = make(Net())
+    foregrounds = mixer.foreground_loader(TensorDataset(images.flip(0), labels.flip(0)), 16, num_workers=workers)
+    with pytest.raises(UserError, match=r"^image \d+ of the foreground dataset has label \d, but \d among the labels"):
+        next(zip(backgrounds(16), foregrounds))
+
+
+def test_batches_of_another_form_come_as_they_are() -> None:
+    """The loader looks at pairs of images and labels; of the rest the mixer is told by its caller."""
+
+    def as_dict(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {"image": torch.stack([image for image, _ in batch])}
+
+    assert len(next(iter(make(Net()).foreground_loader(dataset(), 16, collate_fn=as_dict)))["image"]) == 16
+
+
+# ---- as a transform
+
+
+def test_a_transform_resumes_with_a_loader_that_drops_its_last_batch() -> None:
+    """Its foregrounds begin anew in each epoch, so that none is left over."""
+
+    def train(mixer: OTMixer, epochs: range) -> list[torch.Tensor]:
+        transform, images = mixer.as_transform(mixer.foreground_loader(dataset(), 16)), []
+        for epoch in epochs:
+            order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
+            images += [transform(*dataset()[order[i : i + 16]])[0] for i in (0, 16, 32)]
+            mixer.end_epoch()
+        return images
+
+    want = train(make(Net(), pairing=IndexPairing()), range(4))
+    first, second = (make(Net(), pairing=IndexPairing()) for _ in range(2))
+    found = train(first, range(2))
+    second.load_state_dict(first.state_dict())
+    found += train(second, range(2, 4))
+    assert all(map(torch.equal, found, want))
+
+
+def test_a_transform_begins_anew_where_a_state_is_loaded_into_its_mixer() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    transform, (images, labels) = mixer.as_transform(mixer.foreground_loader(dataset(), 16)), dataset().tensors
+    state = mixer.state_dict()
+    first = transform(images[:16], labels[:16])[0]
+    mixer.load_state_dict(state)
+    assert torch.equal(transform(images[:16], labels[:16])[0], first)
+
+
+def test_a_transform_goes_round_foregrounds_that_end() -> None:
+    mixer = make(Net(), pairing=IndexPairing())
+    images, labels = dataset().tensors
+    transform = mixer.as_transform([(images[:16], labels[:16])])
+    for _ in range(2):
+        for _ in range(3):
+            assert len(transform(images[:16], labels[:16])[0]) == 16
+        mixer.end_epoch()
+    with pytest.raises(UserError, match="gave no batch"):
+        mixer.as_transform([])(images[:16], labels[:16])
 
 
 def test_foregrounds_from_elsewhere_may_be_more_in_every_step() -> None:
     mixer = make(Net(), pairing=IndexPairing())
-    mixer.foreground_loader(dataset(), 16)
     images, labels = dataset().tensors
     for background in backgrounds(16):
         mixer(background, (images[:40], labels[:40]))
 
 
-def test_forgetting_end_epoch_shows_in_the_second_short_batch() -> None:
-    mixer = make(Net(), pairing=IndexPairing())
-    foregrounds = mixer.foreground_loader(dataset(), 16)
-    *pairs, last = [pair for _ in range(2) for pair in zip(backgrounds(16), foregrounds)]
-    for pair in pairs:
-        mixer(*pair)
-    with pytest.raises(UserError, match=r"call end_epoch\(\) after each pass"):
-        mixer(*last)
+# ---- a state of other settings
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"epochs": 5}, "had epochs=4, this one has 5;"),
+        ({"seed": 3}, "had seed=0, this one has 3;"),
+        ({"r": 2.0}, "had r=0.0, this one has 2.0;"),
+        ({"world": 2}, "had world=1, this one has 2;"),
+        ({"epochs": 5, "seed": 3}, "had epochs=4, this one has 5; it had seed=0, this one has 3;"),
+        ({"labels": dataset().tensors[1].flip(0)}, "had other labels, or the same ones in another order;"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(other: dict[str, object], message: str) -> None:
+    given = {"labels": dataset().tensors[1], "epochs": 4, "schedule": MixSchedule()}
+    state = OTMixer(Net(), **given).state_dict()  # type: ignore[arg-type]
+    mixer = OTMixer(Net(), **given | other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=re.escape(f"the saved mixer {message} make OTMixer as it was then")):
+        mixer.load_state_dict(state | {"epoch": 1})
+    assert mixer.epoch == 0
+
+
+def test_a_state_is_plain_and_stays_as_it_was() -> None:
+    mixer, other = (make(Net(), pairing=TransportPairing()) for _ in range(2))
+    mixer(*first_and_last())
+    mixer.end_epoch()
+    saved = io.BytesIO()
+    torch.save(mixer.state_dict(), saved)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    counted = state["counts"].clone()
+    other.load_state_dict(state)
+    other(*first_and_last())
+    assert torch.equal(state["counts"], counted)
 
 
 # ---- what is given
@@ -535,3 +643,52 @@ def test_a_batch_that_is_no_pair_is_refused() -> None:
         make(Net())({"image": background[0], "label": background[1]}, foreground)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not a Tensor"):
         make(Net())(background, foreground[0])  # type: ignore[arg-type]
+
+
+# ---- wrong objects
+
+
+class Half(IndexPairing):
+    """A pairing that leaves foregrounds out."""
+
+    def __call__(self, foreground: Items, background: Items, embed: Embed, context: PairingContext) -> Pairs:
+        return super().__call__(foreground[: len(foreground) // 2], background, embed, context)
+
+
+class Bare:
+    """A pairing that does not say where its foregrounds come from."""
+
+    def __call__(self, *given: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairing": "otmix"}, r"pairing must be .* not a str; for example TransportPairing\(\)"),
+        ({"pairing": TransportPairing}, r"pairing must be an object, not the class TransportPairing; .* make one"),
+        ({"pairing": Curriculum(IndexPairing(), TransportPairing)}, "not the class TransportPairing"),  # type: ignore[arg-type]
+        ({"pairing": Bare()}, "pairing must .*, not a Bare"),
+        ({"pixels": Mixup}, "pixels must be an object, not the class Mixup"),
+        ({"pixels": "mixup"}, r"pixels must .* not a str; for example CutMix\(\)"),
+        ({"schedule": 0.5}, r"schedule must .* not a float; for example MixSchedule\(0.5\)"),
+        ({"schedule": MixSchedule}, "schedule must be an object, not the class MixSchedule"),
+        ({"model": Net}, "model must be an object, not the class Net"),
+        ({"model": None}, "model must .* not a NoneType"),
+    ],
+)
+def test_what_is_no_part_of_a_mixer_is_refused_at_once(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OTMixer(**{"model": Net(), "labels": [0, 1], "epochs": 4} | options)  # type: ignore[arg-type]
+
+
+def test_foregrounds_of_another_size_are_refused_even_where_nothing_is_mixed() -> None:
+    background, (images, labels) = first_and_last()
+    mixer = make(Net(), schedule=MixSchedule(window=(0.5, 1.0)))
+    with pytest.raises(UserError, match=r"foreground images are 1 × 8 × 7, the background images 1 × 8 × 8"):
+        mixer(background, (images[..., :7], labels))
+    assert mixer.step == 0
+
+
+def test_a_pairing_that_loses_images_is_refused() -> None:
+    with pytest.raises(UserError, match="Half gave 8 pairs for 16 foregrounds"):
+        make(Net(), pairing=Half())(*first_and_last())

@@ -102,7 +102,8 @@ class BatchMixer:
         `embed` is called with `foreground.items` and `background.items` only. `counter`, if given, counts how the model
         confuses the backgrounds that the cost embedded (the "streamed" confusion: it costs no forward pass of its own).
         With `gather`, a pairing that searches sees the whole batch, of which each of several processes has a part, and
-        pairs it as one process would; the images that are mixed are this process's foregrounds.
+        pairs it as one process would; the images that are mixed are this process's foregrounds. Raises UserError for a
+        pairing that leaves foregrounds out.
         """
         moment = context.moment
         if not self.schedule.mixes(moment):
@@ -123,6 +124,11 @@ class BatchMixer:
             pairs, background = _pair_the_whole(pairing, source, background, watched, context, gather)
         else:
             pairs = pairing(source.items, background.items, watched, context)
+        if len(pairs) < (wanted := min(len(source), len(plain))):
+            raise UserError(
+                f"the pairing {type(pairing).__name__} gave {len(pairs)} pairs for {wanted} foregrounds, so images of the "
+                "batch would be lost; it must give each foreground a background"
+            )
         height, width = background.images.shape[-2:]
         drawn = self.mixer.draw(len(pairs), height, width, moment.generator("mix"))
         # index pairs of equal batches need no copy: the i-th with the i-th

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from otmix.confusion import STREAM_DECAY, ConfusionCounter
 from otmix.errors import UserError
@@ -16,6 +17,8 @@ from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
 from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
+from otmix.own_loop.foregrounds import ForegroundLoader, ForegroundSteps
+from otmix.own_loop.parts import check_model, check_pairing, check_pixels, check_schedule
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -85,25 +88,28 @@ class OTMixer:
                 f"OTMixer needs the number of epochs of the whole training, a whole number, at least 1, not {epochs}"
             )
         check_place(rank, world)
+        pairing = Curriculum(IndexPairing(), TransportPairing()) if pairing is None else pairing
+        pixels = CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per) if pixels is None else pixels
+        if schedule is None:
+            schedule = MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction)
+        check_model(model)
+        check_pairing(pairing)
+        check_pixels(pixels)
+        check_schedule(schedule)
         self.model = model
         labels = torch.as_tensor(labels)
         self.counts = ClassCounts.from_labels(labels)
         self.labels = labels.to(torch.int64)
-        self.epochs, self.seed, self.rank, self.world = int(epochs), seed, rank, world
+        self.epochs, self.seed, self.r, self.rank, self.world = int(epochs), seed, r, rank, world
         self.stream = ForegroundStream(self.labels, inverse_frequency(self.counts, r), world)
-        self.batch_mixer = BatchMixer(
-            pairing or Curriculum(IndexPairing(), TransportPairing()),
-            pixels or CutMix(CLEAN.alpha, CLEAN.box, CLEAN.box_per),
-            schedule or MixSchedule(CLEAN.mix_probability, (CLEAN.mix_from, CLEAN.mix_until), CLEAN.mix_fraction),
-        )
-        if not (window := self.batch_mixer.schedule).reaches(self.epochs):
+        self.batch_mixer = BatchMixer(pairing, pixels, schedule)
+        if not schedule.reaches(self.epochs):
             raise UserError(
-                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {window.window} of "
+                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {schedule.window} of "
                 "the training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
-        self._loader_sizes: set[int] = set()  # the batch sizes of the foreground loaders it has made
-        self._has_cut = False  # whether a batch of such a loader was cut in this epoch
+        self.entries = 0  # how often it has come to an epoch, by end_epoch or a state: foregrounds begin anew there
         self.confusion: Confusion | None = None
         self.counter = ConfusionCounter(self.counts.num_classes, ConfusionOrigin(), decay=STREAM_DECAY)
 
@@ -114,11 +120,11 @@ class OTMixer:
 
     def __call__(self, background: LabelledImages, foreground: LabelledImages) -> Mixed:
         """Mix two batches `(images [B,C,H,W], labels [B], …)`. The foreground is moved to the background's device, and
-        cut to its length, which only the last batch of an epoch needs.
+        cut to its length, as the last batch of an epoch may be short.
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
-        CPU that are out of range, for fewer foregrounds than backgrounds, for a foreground_loader of larger batches
-        than the backgrounds', and for what is no such batch.
+        CPU that are out of range, for fewer foregrounds than backgrounds or ones of another size, for a pairing that
+        leaves some out, and for what is no such batch.
         """
         background, foreground = labelled(background), labelled(foreground)
         device = background[0].device
@@ -131,8 +137,11 @@ class OTMixer:
                 f"the foreground batch has {len(fore)} images, the background {len(back)}, so some of these would be "
                 f"lost; make the foreground_loader with batch_size={len(back)}"
             )
-        if len(fore) < len(foreground[0]):
-            self._check_cut(len(back), len(foreground[0]))
+        if fore.images.shape[1:] != back.images.shape[1:]:
+            of_fore, of_back = (" × ".join(map(str, batch.images.shape[1:])) for batch in (fore, back))
+            raise UserError(
+                f"the foreground images are {of_fore}, the background images {of_back}; give both the same transforms"
+            )
         if self.counter.table.device != device:
             self._move(device)
         images = {id(back.items): back.images, id(fore.items): fore.images}
@@ -178,37 +187,47 @@ class OTMixer:
         estimate = counter.estimate(_over_all_processes if together else None)
         if estimate is not None:
             self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
-        self.epoch, self.step, self._has_cut = self.epoch + 1, 0, False
+        self._enter(self.epoch + 1, 0)
 
     def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
-        """A `DataLoader` of foregrounds (eq. 3), as long as one epoch of `dataset`; `options` go to it (num_workers,
-        collate_fn, …). `batch_size` is that of the backgrounds' loader, for one process.
+        """A `DataLoader` of foregrounds (eq. 3); `options` go to it (num_workers, collate_fn, …). `batch_size` is that
+        of the backgrounds' loader, for one process.
 
-        What it draws follows the mixer's epoch, so a resumed mixer resumes it too. Raises UserError for a dataset that
-        has not one image for each label that OTMixer was given.
+        It has no end and no length: in `zip(loader, foreground_loader)` the backgrounds decide how long an epoch is.
+        What it draws follows the mixer: it begins at the epoch and step where that is, so a resumed mixer resumes it.
+        Raises UserError for a dataset that has not one image for each label that OTMixer was given; with the batch that
+        shows it, for one in another order than the labels; and, when a pass begins, where `end_epoch` was not called
+        after the pass before.
         """
         if isinstance(dataset, Sized) and len(dataset) != len(self.labels):
             raise UserError(
                 f"the foreground dataset has {len(dataset)} images, but OTMixer was given {len(self.labels)} labels; "
                 "give both of the same images, in the same order"
             )
-        self._loader_sizes.add(batch_size)
-        return DataLoader(dataset, batch_size=batch_size, sampler=_ForegroundSampler(self, batch_size), **options)
+        return ForegroundLoader(dataset, batch_size=batch_size, sampler=ForegroundSteps(self, batch_size), **options)
 
     def as_transform(self, foregrounds: Iterable[LabelledImages]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`; goes round
-        `foregrounds` without end.
+        """A batch transform in torchvision's manner: `(images, labels) -> (images, soft labels [B,K])`. It begins
+        `foregrounds` anew in each epoch, as `zip` does, and goes round where they end before it.
         """
-        endless = again_and_again(foregrounds)
+        entry = -1
+        batches: Iterator[LabelledImages] = iter(())
 
         def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            mixed = self((images, labels), next(endless))
+            nonlocal entry, batches
+            if entry != self.entries:
+                entry, batches = self.entries, again_and_again(foregrounds)
+            mixed = self((images, labels), next(batches))
             return mixed.images, mixed.soft_labels(self.counts.num_classes)
 
         return transform
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resumes the mixer (of several processes: of this one), as tensors and plain values."""
+        """Everything that resumes the mixer (of several processes: of this one), as tensors and plain values.
+
+        Taken within an epoch, it resumes at the next step, the foreground_loader too, if all of its batches went to the
+        mixer; your loader must then go on at that batch as well.
+        """
         confusion = self.confusion
         return {
             "epoch": self.epoch,
@@ -217,13 +236,14 @@ class OTMixer:
             if confusion is None
             else {"matrix": confusion.matrix, "origin": vars(confusion.origin).copy()},
             "counts": self.counter.table.value.clone(),
+            "training": self._training(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with the same labels, epochs, seed and processes. Raises UserError for
-        another number of classes, and for what is no such state.
+        """Go on where `state_dict` was taken, with the same labels, epochs, seed, r and number of processes. Raises
+        UserError for others, and for what is no such state.
         """
-        if missing := {"epoch", "step", "confusion", "counts"} - state.keys():
+        if missing := {"epoch", "step", "confusion", "counts", "training"} - state.keys():
             raise UserError(
                 f"this is no state of an OTMixer, it lacks {', '.join(sorted(missing))}; give what state_dict() gave"
             )
@@ -232,14 +252,40 @@ class OTMixer:
                 f"the saved mixer knew {state['counts'].shape[0]} classes, this one knows {self.counts.num_classes}; "
                 "use the same labels"
             )
-        self.epoch, self.step, self._has_cut = state["epoch"], state["step"], False
+        saved, own = state["training"], self._training()
+        if others := [name for name in own if saved.get(name) != own[name]]:
+            raise UserError(
+                "the saved mixer had "
+                + "; it had ".join(
+                    "other labels, or the same ones in another order"
+                    if name == "labels"
+                    else f"{name}={saved.get(name)}, this one has {own[name]}"
+                    for name in others
+                )
+                + "; make OTMixer as it was then"
+            )
+        self._enter(state["epoch"], state["step"])
         self.counter.table.value = state["counts"]
-        saved = state["confusion"]
+        confusion = state["confusion"]
         self.confusion = (
             None
-            if saved is None
-            else Confusion(saved["matrix"].to(self.counter.table.device), ConfusionOrigin(**saved["origin"]))
+            if confusion is None
+            else Confusion(confusion["matrix"].to(self.counter.table.device), ConfusionOrigin(**confusion["origin"]))
         )
+
+    def _training(self) -> dict[str, Any]:
+        """What decides the draws, as plain values. Not the rank: a state of the first process may serve all."""
+        labels = hashlib.blake2b(self.labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+        return {
+            "labels": labels,
+            "epochs": self.epochs,
+            "seed": int(self.seed),
+            "r": float(self.r),
+            "world": int(self.world),
+        }
+
+    def _enter(self, epoch: int, step: int) -> None:
+        self.epoch, self.step, self.entries = epoch, step, self.entries + 1
 
     def _check(self, labels: Tensor) -> None:
         """Raises UserError for a label out of range. Those on a GPU are not looked at: that would wait for it."""
@@ -252,21 +298,6 @@ class OTMixer:
                 f"with labels 0 … {k - 1}"
             )
 
-    def _check_cut(self, backgrounds: int, foregrounds: int) -> None:
-        """Raises UserError where a foreground_loader's batches are larger than the backgrounds', so that it ends before
-        them: only the last batch of an epoch is short. Foregrounds from elsewhere may be as many as they like.
-        """
-        if foregrounds not in self._loader_sizes:
-            return
-        # the first is short by right only where all images are one batch
-        if self._has_cut or (self.step == 0 and backgrounds < len(self.labels) // self.world):
-            raise UserError(
-                f"the foreground batch has {foregrounds} images, the background {backgrounds}, so the "
-                "foreground_loader would end before your loader, and images be lost; make it with your loader's "
-                "batch size, and call end_epoch() after each pass over your loader"
-            )
-        self._has_cut = True
-
     def _move(self, device: torch.device) -> None:
         counts = self.counter.table.value
         self.counter = ConfusionCounter(
@@ -275,24 +306,6 @@ class OTMixer:
         self.counter.table.value = counts
         if self.confusion is not None:
             self.confusion = replace(self.confusion, matrix=self.confusion.matrix.to(device))
-
-
-class _ForegroundSampler(Sampler[int]):
-    """Eq. 3, step by step: what a step draws is a function of the mixer's epoch and the step alone."""
-
-    def __init__(self, mixer: OTMixer, batch_size: int) -> None:
-        self.mixer, self.batch_size = mixer, batch_size
-
-    def __len__(self) -> int:
-        steps = -(-len(self.mixer.labels) // (self.batch_size * self.mixer.world))
-        return steps * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        moment = replace(self.mixer.moment, epoch=self.mixer.epoch)
-        for step in range(len(self) // self.batch_size):
-            items = self.mixer.stream.step(self.batch_size, replace(moment, step=step))
-            assert items.index is not None  # drawn from a labelled dataset
-            yield from items.index.tolist()
 
 
 def _never_embeds(pairing: Pairing) -> bool:
