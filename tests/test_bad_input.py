@@ -118,7 +118,8 @@ def test_the_last_good_checkpoint_is_kept(
     step: int, kept: tuple[int, int], method: str, server: Server, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    config = {**BASE, "method": method, "out": str(run_dir), "checkpoint_minutes": 0.0}
+    changed = BASE["set"] if method == "otmix" else {}
+    config = {**BASE, "method": method, "set": changed, "out": str(run_dir), "checkpoint_minutes": 0.0}
     text = one_sentence(server.run(config, prepare=f"test_bad_input poison {step} 0"))
     epoch, within = divmod(step - 1, 5)
     assert f"at step {within} of epoch {epoch} " in text
@@ -142,7 +143,7 @@ def test_without_a_checkpoint_it_says_so(server: Server, tmp_path: Path) -> None
         {"lr": 1e38, "batch_size": 32},
         {"lr": 1e38, "batch_size": 1000},  # one step an epoch: its loss is finite, the weights after it are not
         {"lr": 1e25, "batch_size": 1000},  # these are, but not what they give
-        {"lr": 1e38, "batch_size": 44, "method": "erm"},
+        {"lr": 1e38, "batch_size": 44, "method": "erm", "set": {}},
         {"lr": 1e30, "batch_size": 1000, "method": "ce-drw+otmix", "protocol": "paper"},
         {"lr": 1e38, "batch_size": 1000, "protocol": "official"},
     ],

@@ -27,11 +27,13 @@ from otmix.data import ResidentStore, open_store
 from otmix.errors import UserError
 from otmix.evaluation import evaluate_predictions
 from otmix.losses import LOSSES, CrossEntropy, effective_number_weights
+from otmix.methods import parse_method
 from otmix.pairing import Curriculum, PairingContext
 from otmix.protocols import Overrides
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream
-from otmix.training import Interrupted, Silent, open_run, records, train
+from otmix.training import Interrupted, Silent, open_run, records
+from otmix.training import train as train_as_asked
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
 from otmix.training.evaluate import predict_items
@@ -62,6 +64,27 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
     monkeypatch.setattr("otmix.training.outcome.draw_pictures", lambda run, plan: None)
     monkeypatch.setattr("otmix.training.outcome.write_page", lambda run_dir: None)
+
+
+def train(config: RunConfig, *more: Any) -> Path:
+    """With those of its settings that its method reads: TINY's are of mixing."""
+    return train_as_asked(replace(config, set=parse_method(config.method).only_own(config.set)), *more)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "message"),
+    [
+        ("erm", {"alpha": 2.0}, "--set.alpha changes nothing for ce"),
+        ("otmix", {"omega": 1.0, "keep_diagonal": True}, "--set.keep_diagonal changes nothing for ce"),
+        ("otmix", {"mix_from": 1.5}, "mix_from is a share"),
+    ],
+)
+def test_settings_that_change_nothing_are_refused_from_python_too(
+    method: str, changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_as_asked(replace(TINY, method=method, set=Overrides(**changed), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def log(run_dir: Path) -> list[dict[str, Any]]:

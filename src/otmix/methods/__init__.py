@@ -1,6 +1,6 @@
 """Every row of the paper's tables as a value, and the grammar of their names."""
 
-from otmix.methods.checking import check_ranges, check_read, check_settings
+from otmix.methods.checking import check_read, check_settings
 from otmix.methods.method import Method, base_name, experts, loss_part, mixer_part
 from otmix.methods.names import all_methods, known_losses, known_mixers, parse_method, protocol_differences
 from otmix.methods.parts import (
@@ -28,7 +28,6 @@ __all__ = [
     "Part",
     "all_methods",
     "base_name",
-    "check_ranges",
     "check_read",
     "check_settings",
     "experts",

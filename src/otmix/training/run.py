@@ -15,7 +15,7 @@ from otmix.config import RunConfig
 from otmix.data import ImageDataset, dead_reader, require_readable
 from otmix.errors import UserError
 from otmix.files import read_json, remove_temporaries
-from otmix.methods import check_ranges, parse_method
+from otmix.methods import check_settings, parse_method
 from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
 from otmix.training.build import build_run
@@ -44,7 +44,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     reporter = reporter or Silent()
     method = parse_method(config.method)
     config = replace(config, set=method.converted(config.set))
-    check_ranges(config.set, config.protocol, method)  # now: reading the data may take long
+    check_settings(config.set, config.protocol, [method.name])  # now: reading the data may take long
     try:
         if started_outside(config):
             return train_beside_others(_train_beside_others, config, reporter)
