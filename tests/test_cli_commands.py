@@ -129,6 +129,23 @@ def test_out_never_replaces_a_picture(
     assert (picture.read_bytes(), (root / "a" / "0.png").read_bytes()) == (before, before)
 
 
+@pytest.mark.parametrize("name", ["result.json", "best-3.safetensors", "figures/mixed.png", "../run/config.yaml"])
+def test_out_never_replaces_a_file_of_a_run(
+    name: str, run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = run / name, sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    command = ["preview", "--run", str(run)] if out.suffix == ".png" else ["predict", str(run), str(pictures)]
+    assert main([*command, "--out", str(out)]) == 2
+    assert f"--out {out} is a file of the run in {run}" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_predictions_may_lie_in_a_run(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(run), str(pictures), "--out", str(run / "predictions-new.csv")]) == 0
+    assert len((run / "predictions-new.csv").read_text("utf-8").splitlines()) == 1 + 3
+    (run / "predictions-new.csv").unlink()
+
+
 def test_the_ending_of_out_is_its_format(run: Path, pictures: Path, tmp_path: Path) -> None:
     assert main(["predict", str(run), str(pictures), "--out", str(tmp_path / "found.jsonl")]) == 0
     assert len([json.loads(line) for line in (tmp_path / "found.jsonl").read_text("utf-8").splitlines()]) == 3

@@ -200,9 +200,12 @@ def predict(
     from otmix.display import reporter_on_stderr
     from otmix.files import write_atomic
     from otmix.inference import predict_paths, write_csv, write_jsonl
+    from otmix.training.runs import refuse_file_of_a_run
 
     if out is not None and out.suffix.lower() in IMAGE_ENDINGS:
         raise UserError(f"--out {out} is the name of a picture, and predictions are text; name a .csv or .jsonl file")
+    if out is not None:
+        refuse_file_of_a_run(out)
     if format is None:
         format = "jsonl" if out is not None and out.suffix.lower() in (".jsonl", ".ndjson") else "csv"
     written = 0
