@@ -18,7 +18,7 @@ ROOT = Path(otmix.__file__).parent
 # reads only plain values and the files of a run directory. `protocols` holds plain values, of which OTMixer takes its
 # defaults.
 LAYERS = [
-    ["errors", "wording", "files", "streams"],
+    ["errors", "wording", "files", "streams", "interrupts"],
     ["extensions", "randomness", "devices", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],

@@ -13,6 +13,7 @@ from otmix import __version__
 from otmix.cli import checking, commands, listings, preview
 from otmix.cli.help import overview, page
 from otmix.errors import UserError
+from otmix.interrupts import end_with_parent, interruptible
 from otmix.streams import nobody_listens, open_closed, silence, tell
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -31,13 +32,21 @@ BAD_INPUT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code. 2 for what the user can mend (one sentence on stderr), 130 after Ctrl-C."""
+    """Run one command; the exit code. 2 for what the user can mend (one sentence on stderr), 130 after Ctrl-C, SIGTERM
+    or SIGHUP.
+    """
     open_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows ? instead of a traceback
+    end_with_parent()
+    with interruptible():
+        return _exit_code(sys.argv[1:] if argv is None else argv)
+
+
+def _exit_code(argv: list[str]) -> int:
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        code = _run(argv)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
         return code
     except UserError as error:
