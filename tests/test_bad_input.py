@@ -532,7 +532,7 @@ def test_all_images_that_are_left_out_are_recorded(
     assert server.run(config, event="step", count=2, signal=15).kind == "Interrupted"
     left_out = read_json(tmp_path / "run" / "data.json")["left_out"]
     assert list(left_out) == broken
-    assert all("cannot identify image file" in reason for reason in left_out.values())
+    assert set(left_out.values()) == {"not an image"}
     (folder / broken[0]).unlink()  # it is not part of the data
     assert server.run({**config, "resume": True}).kind == "done"
 
@@ -542,9 +542,8 @@ def test_a_link_to_nowhere_can_be_left_out(server: Server, folder: Path, tmp_pat
     config |= {"batch_size": 4, "out": str(tmp_path / "run"), "epochs": 1}
     path = _dangling(folder)
     text = one_sentence(server.run(config))
-    assert (
-        text == f"{path} cannot be read as an image (No such file or directory); delete it or pass --on-bad-image skip"
-    )
+    advice = f"mend the link, which leads to {folder / 'nowhere.png'}, or pass --on-bad-image skip"
+    assert text == f"{path} cannot be read as an image (No such file or directory); {advice}"
     assert not (tmp_path / "run").exists()
     assert server.run({**config, "on_bad_image": "skip"}).kind == "done"
 

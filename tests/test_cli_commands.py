@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,39 @@ def test_out_never_replaces_a_picture(
     assert main(["predict", str(run), str(picture), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(f"{tmp_path} is a folder; name a file with --out\n")
     assert (picture.read_bytes(), (root / "a" / "0.png").read_bytes()) == (before, before)
+
+
+@pytest.mark.parametrize("name", ["result.json", "best-3.safetensors", "figures/mixed.png", "../run/config.yaml"])
+def test_out_never_replaces_a_file_of_a_run(
+    name: str, run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = run / name, sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    command = ["preview", "--run", str(run)] if out.suffix == ".png" else ["predict", str(run), str(pictures)]
+    assert main([*command, "--out", str(out)]) == 2
+    assert f"--out {out} is a file of the run in {run}" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_predictions_may_lie_in_a_run(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(run), str(pictures), "--out", str(run / "predictions-new.csv")]) == 0
+    assert len((run / "predictions-new.csv").read_text("utf-8").splitlines()) == 1 + 3
+    (run / "predictions-new.csv").unlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself signals")
+def test_predict_that_is_told_to_end_leaves_nothing(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(predictions: object, stream: io.TextIOBase, top: int) -> int:
+        stream.write("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        return 1
+
+    monkeypatch.setattr("otmix.inference.write_csv", write)
+    assert main(["predict", str(run), str(pictures), "--out", str(tmp_path / "found.csv")]) == 130
+    assert capsys.readouterr().err == "\notmix: stopped\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_ending_of_out_is_its_format(run: Path, pictures: Path, tmp_path: Path) -> None:

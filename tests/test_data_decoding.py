@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from otmix.data import FileSource, decode
-from otmix.data.decoding import find_unreadable, in_threads, size_of
+from otmix.data.decoding import UnreadableImage, find_unreadable, in_threads, size_of
 from otmix.errors import UserError
 
 HINT = "delete it or pass --on-bad-image skip"
@@ -192,6 +195,53 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=rf"fake\.png cannot be read as an image .*{HINT}"):
         decode(path)
     assert size_of(path) is None
+
+
+def test_what_the_system_does_not_hand_out_is_not_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, pixels = tmp_path / "link.png", tmp_path / "kept.png"
+    link.symlink_to("nowhere.png")
+    with pytest.raises(UnreadableImage) as found:
+        decode(link)
+    said = "(No such file or directory); mend the link, which leads to nowhere.png, or pass --on-bad-image skip"
+    assert str(found.value) == f"{link} cannot be read as an image {said}"
+    write(Image.fromarray(picture()), pixels)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)  # root may read anything
+    with pytest.raises(UnreadableImage) as found:
+        decode(pixels)
+    said = "(Permission denied); give yourself the right to read it or pass --on-bad-image skip"
+    assert str(found.value) == f"{pixels} cannot be read as an image {said}"
+    assert find_unreadable(tmp_path, ["kept.png"]) == {0: "Permission denied"}
+
+
+def test_a_large_photograph_is_one_and_a_larger_one_is_to_be_reduced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(Image.fromarray(picture(20, 50)), tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert decode(path).shape == (3, 20, 50)
+        assert size_of(path) is not None
+    assert caught == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(path)
+    huge = tmp_path / "huge.bmp"
+    header = bytearray(write(Image.new("L", (8, 8)), huge).read_bytes())
+    header[18:26] = (20_000).to_bytes(4, "little") + (10_000).to_bytes(4, "little")
+    huge.write_bytes(header)
+    monkeypatch.undo()
+    with pytest.raises(UnreadableImage) as found:
+        decode(huge)
+    said = "(it has 200 million pixels; at most 178 million are decoded); reduce it or pass --on-bad-image skip"
+    assert str(found.value) == f"{huge} cannot be read as an image {said}"
+    assert size_of(huge) is None
 
 
 def test_missing_file_and_odd_pixels_are_named(tmp_path: Path) -> None:

@@ -511,7 +511,7 @@ def test_the_rows_are_what_tables_take(tmp_path: Path, trainer: Trainer) -> None
 # --- several processes -----------------------------------------------------------------------------------------------
 
 CHILD = """
-import json, os, pathlib, signal, sys, time, yaml
+import json, os, pathlib, select, signal, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[1]))
 out = pathlib.Path(config["out"])
 seed = config.get("seed", 0)
@@ -534,6 +534,8 @@ if seed == 8:
     sys.exit(1)
 if seed == 4:
     os.kill(os.getpid(), signal.SIGKILL)
+assert os.environ["OTMIX_PARENT_ON_STDIN"]
+(out / "ends with its parent").write_text(str(sys.stdin.fileno() == 0 and not select.select([0], [], [], 0)[0]))
 (out / "threads").write_text(os.environ["OMP_NUM_THREADS"])
 (out / "loaded").write_text(" ".join(sys.argv[2:]))
 """
@@ -574,6 +576,7 @@ def test_processes_share_the_cores_and_end_well_or_with_a_sentence(
     assert crash.startswith("ZeroDivisionError: oops (exit code 1; see ")
     assert "killed by signal 9" in killed
     assert (children / "run1" / "threads").read_text() == "3"
+    assert (children / "run1" / "ends with its parent").read_text() == "True"
     assert (children / "run5" / "loaded").read_text() == "my_loss.py"
     assert sorted(path.name for path in children.glob("*.log")) == ["run3.log", "run4.log"]
     assert "Traceback" in (children / "run3.log").read_text()
@@ -612,7 +615,7 @@ def test_no_more_than_asked_run_at_once(children: Path, monkeypatch: pytest.Monk
     assert (alive, most) == (0, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_lets_the_processes_save_and_starts_no_more(children: Path, number: signal.Signals) -> None:
     ended: list[int] = []
     asked = [*configs(children, 7), *configs(children, 5)]

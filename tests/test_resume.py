@@ -215,6 +215,7 @@ def test_killed_from_outside_whenever_it_happens(server: Server, references: dic
     ("number", "event", "count", "where"),
     [
         (signal.SIGINT, "step", 3, (0, 3)),
+        (signal.SIGHUP, "step", 6, (1, 1)),
         (signal.SIGTERM, "step", 8, (1, 3)),
         (signal.SIGINT, "step", 5, (1, 0)),  # the last step of an epoch, which is then finished first
         (signal.SIGTERM, "epoch", 2, (2, 0)),
@@ -257,6 +258,17 @@ def test_a_stop_in_the_last_epoch_is_one_before_the_evaluation(
     assert place(folder / "run") == (4, 0)
     assert not (folder / "run" / "result.json").exists()
     assert server.run(config) == Outcome("done", steps=0)
+    assert_same(folder / "run", references["streamed"])
+
+
+def ignore_sighup(_: str) -> None:
+    """As nohup does. (In the child.)"""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(server: Server, references: dict[str, Path], folder: Path) -> None:
+    how = {"event": "step", "count": 3, "signal": signal.SIGHUP, "prepare": "test_resume ignore_sighup -"}
+    assert server.run(configuration("streamed", folder / "run"), **how).kind == "done"
     assert_same(folder / "run", references["streamed"])
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otmix.streams import lasting
 from otmix.wording import counted
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ _PLAIN_WIDTH = 160
 
 
 def stdout_console() -> Console:
-    """A console for stdout; where that is a file or a pipe it is wide, so that tables and paths are not broken."""
+    """A console for stdout; where that is a file or a pipe it is wide, so that tables and paths are not broken. It goes
+    on when nobody reads it any more.
+    """
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+    return Console(file=lasting(sys.stdout), width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -56,7 +59,7 @@ def reporter_on_stderr() -> Iterator[Reporter]:
     """For commands whose result goes to stdout."""
     from rich.console import Console
 
-    reporter = make_reporter(Console(stderr=True))
+    reporter = make_reporter(Console(file=lasting(sys.stderr)))
     try:
         yield reporter
     finally:

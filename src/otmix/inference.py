@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from otmix.data import IMAGE_ENDINGS, FileSource, items_of, open_store, to_square
-from otmix.data.decoding import in_threads
+from otmix.data.decoding import UnreadableImage, in_threads
 from otmix.data.folder import Found, images_below, passed_over
 from otmix.data.resizing import side_needed
 from otmix.errors import UserError
@@ -222,7 +222,7 @@ def _predict(
         for i, error in errors.items():
             if not skip:
                 raise error
-            skipped.append(Skipped(str(chunk[i]), str(error.__cause__ or error)))
+            skipped.append(Skipped(str(chunk[i]), error.reason))
         readable = [file for i, file in enumerate(chunk) if i not in errors]
         if readable:
             yield from _judge(run, fabric, readable, pixels, top)
@@ -244,16 +244,16 @@ def _judge(run: Run, fabric: Fabric, files: Sequence[Path], pixels: Tensor, top:
         yield Prediction(str(file), *ranked[0], ranked)
 
 
-def read_images(files: Sequence[Path], image_size: int, channels: int) -> tuple[Tensor, dict[int, UserError]]:
+def read_images(files: Sequence[Path], image_size: int, channels: int) -> tuple[Tensor, dict[int, UnreadableImage]]:
     """The readable ones of `files` as evaluation sees them, uint8 `[n,C,S,S]` in order; the others' errors by place."""
     source = FileSource(Path(), tuple(map(str, files)), torch.zeros(len(files), dtype=torch.int64), channels)
     images: dict[int, Tensor] = {}
-    errors: dict[int, UserError] = {}
+    errors: dict[int, UnreadableImage] = {}
 
     def read(i: int) -> None:
         try:
             images[i] = to_square(source.read(i, side_needed(image_size)), image_size)
-        except UserError as error:
+        except UnreadableImage as error:
             errors[i] = error
 
     in_threads(read, len(files))

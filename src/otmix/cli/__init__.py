@@ -13,6 +13,8 @@ from otmix import __version__
 from otmix.cli import checking, commands, listings, preview
 from otmix.cli.help import overview, page
 from otmix.errors import UserError
+from otmix.interrupts import end_with_parent, interruptible
+from otmix.streams import nobody_listens, open_closed, silence, tell
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": commands.train,
@@ -30,31 +32,39 @@ BAD_INPUT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code. 2 for what the user can mend (one sentence on stderr), 130 after Ctrl-C."""
+    """Run one command; the exit code. 2 for what the user can mend (one sentence on stderr), 130 after Ctrl-C, SIGTERM
+    or SIGHUP.
+    """
+    open_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows ? instead of a traceback
+    end_with_parent()
+    with interruptible():
+        return _exit_code(sys.argv[1:] if argv is None else argv)
+
+
+def _exit_code(argv: list[str]) -> int:
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        code = _run(argv)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
         return code
     except UserError as error:
         if os.environ.get("OTMIX_DEBUG", "0") not in ("", "0"):
             raise
-        sys.stderr.write(f"otmix: {error}\n")
+        tell(f"otmix: {error}\n")
         return BAD_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write("\notmix: stopped\n")
+        tell("\notmix: stopped\n")
         return STOPPED
-    except BrokenPipeError:
-        # whoever read our output has seen enough; nothing may be written to it when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
+        if nobody_listens(error, sys.stdout):  # whoever read our output has seen enough
+            silence(sys.stdout)
+            return 0
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.stderr.write("otmix: the disk is full, so what was to be printed is lost; free some space\n")
+        silence(sys.stdout)
+        tell("otmix: the disk is full, so what was to be printed is lost; free some space\n")
         return BAD_INPUT
 
 

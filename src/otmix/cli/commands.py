@@ -18,6 +18,7 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import import_files
 from otmix.methods import check_settings, parse_method
+from otmix.streams import tell
 from otmix.wording import counted
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
@@ -53,7 +54,7 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
                 f"there is no run in {config.out} to go on with, and nothing is said of what to train; name the folder "
                 "of a run that has begun with --out, or leave out --resume to train on the digits"
             )
-        sys.stderr.write(f"otmix: {run_dir_of(config)} holds no run to go on with, so one begins there\n")
+        tell(f"otmix: {run_dir_of(config)} holds no run to go on with, so one begins there\n")
     try:
         train_run(config, make_reporter())
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -63,7 +64,7 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
         again = ["otmix", "train", "--resume", "--out", str(run_dir)]
         again += [word for file in imports for word in ("--import", str(file))]
         saved = "the run is saved" if isinstance(stop, Interrupted) else "its last checkpoint is kept"
-        sys.stderr.write(f"\notmix: stopped, {saved}; this goes on with it:\n  {shlex.join(again)}\n")
+        tell(f"\notmix: stopped, {saved}; this goes on with it:\n  {shlex.join(again)}\n")
         return 130
     return 0
 
@@ -108,7 +109,7 @@ def compare(
             config, methods, seeds=seeds, jobs=jobs, runs=runs, reporter=make_reporter(brief=True), imports=files
         )
     except Interrupted as stop:
-        sys.stderr.write(f"\notmix: {stop}\n")
+        tell(f"\notmix: {stop}\n")
         return 130
     console = stdout_console()
     if found.rows:
@@ -200,9 +201,12 @@ def predict(
     from otmix.display import reporter_on_stderr
     from otmix.files import write_atomic
     from otmix.inference import predict_paths, write_csv, write_jsonl
+    from otmix.training.runs import refuse_file_of_a_run
 
     if out is not None and out.suffix.lower() in IMAGE_ENDINGS:
         raise UserError(f"--out {out} is the name of a picture, and predictions are text; name a .csv or .jsonl file")
+    if out is not None:
+        refuse_file_of_a_run(out)
     if format is None:
         format = "jsonl" if out is not None and out.suffix.lower() in (".jsonl", ".ndjson") else "csv"
     written = 0

@@ -51,6 +51,7 @@ def preview(
     import_files(imports)
     from otmix.display import reporter_on_stderr, stdout_console
     from otmix.reports.figures import save
+    from otmix.training.runs import refuse_file_of_a_run
     from otmix.training.setup import load_data
 
     if out.suffix.lower() not in ("", ".png"):
@@ -58,6 +59,7 @@ def preview(
     root = None if config.root is None else Path(config.root).resolve()
     if root is not None and root in out.resolve().parents and out.exists():
         raise UserError(f"--out {out} is one of the pictures in {config.root}; name another file")
+    refuse_file_of_a_run(out)
     with reporter_on_stderr() as reporter:
         dataset = load_data(config, reporter.loading)
     model = from_run(config, run, dataset) if run else untrained_or_pretrained(config, dataset)

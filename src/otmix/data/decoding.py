@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,23 +44,60 @@ def decode(path: str | Path, channels: int = 3, at_least: int | None = None) -> 
     is decoded, which is several times faster on photographs, and what is left to do by averages over squares. Raises
     UserError that names the file when it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
             pixels = _pixels(_upright(image), channels, at_least)
     except (*_BROKEN, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
-        raise unreadable(path, reason) from error
+        raise unreadable(path, error) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def unreadable(path: str | Path, reason: str | None) -> UserError:
-    """The error for an image file that cannot be read, and why."""
-    return UserError(f"{path} cannot be read as an image ({reason}); delete it or pass --on-bad-image skip")
+class UnreadableImage(UserError):
+    """An image file cannot be read; `reason` says why without naming it."""
+
+    reason: str
+
+
+def unreadable(path: str | Path, error: Exception) -> UnreadableImage:
+    """What to tell the user of an error in reading an image file: why, and what to do about it."""
+    reason, advice = _why(Path(path), error)
+    told = UnreadableImage(f"{path} cannot be read as an image ({reason}); {advice} or pass --on-bad-image skip")
+    told.reason = reason
+    return told
+
+
+def _why(path: Path, error: Exception) -> tuple[str, str]:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))  # Pillow says it in words only
+        many = "too many pixels" if pixels is None else f"{int(pixels[0]) / 1e6:,.0f} million pixels"
+        return f"it has {many}; at most {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million are decoded", "reduce it"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image", "delete it"
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error) or repr(error), "delete it"
+    # the file may be well, but the system does not hand it out
+    if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+        return error.strerror, f"mend the link, which leads to {path.readlink()},"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return error.strerror, "give yourself the right to read it"
+    return error.strerror, "restore it" if error.errno == errno.ENOENT else "see to it that it can be read"
+
+
+def _open(path: str | Path) -> Image:
+    """The image without its pixels, and without Pillow's warning of photographs of more than 89 million."""
+    from PIL import Image
+
+    # each time, for whoever catches warnings meanwhile takes the filter back; threads cannot catch them here
+    if not any(category is Image.DecompressionBombWarning for _, _, category, *_ in warnings.filters):
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return Image.open(path)
 
 
 def _upright(image: Image) -> Image:
@@ -100,7 +140,7 @@ def size_of(path: str | Path, at_least: int | None = None) -> tuple[int, int] | 
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             factor = _reduction(image.size, at_least)
@@ -139,8 +179,8 @@ def find_unreadable(
     def check(i: int) -> None:
         try:
             decode(root / paths[i], channels, GLANCE)  # every byte is read, but few pixels are made
-        except UserError as error:
-            reasons[i] = str(error.__cause__)
+        except UnreadableImage as error:
+            reasons[i] = error.reason
 
     in_threads(check, len(paths), progress)
     return dict(sorted(reasons.items()))

@@ -125,7 +125,7 @@ class FileSource:
         try:
             return str(path.stat().st_size).encode()
         except OSError as error:  # a link to nowhere, or deleted since the folder was listed
-            raise unreadable(path, error.strerror) from error
+            raise unreadable(path, error) from error
 
     def select(self, indices: Tensor) -> FileSource:
         paths = tuple(self.paths[i] for i in indices.tolist())

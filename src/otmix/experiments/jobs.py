@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from otmix.config import RunConfig
+from otmix.interrupts import PARENT_ON_STDIN
 from otmix.training.launch import cores
 from otmix.training.processes import StopRequest
 from otmix.training.records import COMMAND
@@ -29,6 +30,10 @@ class _Child:
     process: subprocess.Popen[bytes]
     log: Path
 
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
 
 def train_in_processes(
     configs: Sequence[RunConfig],
@@ -41,8 +46,8 @@ def train_in_processes(
     """Train every configuration (each with its `out`), `at_once` at a time, going on where a run left off.
 
     `ended(config, error)` is told of each one, with None or the sentence that stopped it. Each process gets its share
-    of the cores. Ctrl-C or SIGTERM is passed on; once all have saved and ended, KeyboardInterrupt is raised. A second
-    Ctrl-C does not wait for them.
+    of the cores; it saves and ends when this one is killed. Ctrl-C, SIGTERM or SIGHUP is passed on; once all have saved
+    and ended, KeyboardInterrupt is raised. A second Ctrl-C does not wait for them.
     """
     waiting, running = deque(configs), list[_Child]()
     stop = StopRequest()
@@ -88,13 +93,14 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
         "COLUMNS": "2000",
         "NO_COLOR": "1",
         COMMAND: recorded_command(),
+        PARENT_ON_STDIN: "1",
     }
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_name(f"{run_dir.name}.log")
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command(config_file, imports),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written to it: it ends when this process does
             stdout=subprocess.DEVNULL,
             stderr=stream,
             env=environment,
@@ -110,6 +116,7 @@ def _threads(variable: str, at_once: int) -> int:
 
 def _error(child: _Child) -> str | None:
     """Why a process that has ended failed: the last line on its stderr; None for success. Only a crash leaves a log."""
+    child.close()
     code = child.process.returncode
     if code == 0:
         child.log.unlink(missing_ok=True)
@@ -134,6 +141,7 @@ def _stop(running: Sequence[_Child]) -> None:
     try:
         for child in running:
             child.process.wait()
+            child.close()
             child.log.unlink(missing_ok=True)
     except KeyboardInterrupt:
         for child in running:

@@ -11,6 +11,7 @@ from typing import Self
 from otmix import training
 from otmix.config import RunConfig
 from otmix.errors import UserError
+from otmix.streams import lasting
 from otmix.training.records import read_config
 
 
@@ -32,7 +33,7 @@ class ProcessProgress:
             *columns,
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(file=lasting(sys.stderr)),
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # lines that are piped somewhere stay in their pipe
         )

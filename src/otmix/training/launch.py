@@ -20,6 +20,7 @@ import torch
 from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import IMPORTED, import_files
+from otmix.interrupts import stop_signals
 from otmix.training.loop import Interrupted
 from otmix.training.processes import StopRequest
 from otmix.training.reporter import Reporter
@@ -174,7 +175,7 @@ def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) 
 def train_in_processes(work: Work, config: RunConfig, reporter: Reporter) -> Path:
     """Start the processes, and bring the one sentence back from the one that failed.
 
-    Ctrl-C and SIGTERM are passed on: when all have ended, Interrupted is raised if they have saved first, else
+    Ctrl-C, SIGTERM and SIGHUP are passed on: when all have ended, Interrupted is raised if they have saved first, else
     KeyboardInterrupt. A second Ctrl-C does not wait for them. Raises UserError also when the system ended one.
     """
     fabric, run_dir = make_fabric(config), run_dir_of(config)  # raises here what would stop each of them
@@ -291,7 +292,8 @@ def _in_one_process(
 ) -> None:
     """What a process does that `train_in_processes` has started; a sentence for the user goes into `folder`."""
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handlers of the one that started it
+        for number in stop_signals():  # a forked process has the handlers of the one that started it
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _heed_keyboard(True)
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from otmix.interrupts import ECHO_SECONDS, stop_signals
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
@@ -80,14 +82,10 @@ def gatherer(fabric: Fabric) -> Callable[[Tensor], Tensor] | None:
     return gather
 
 
-ECHO_SECONDS = 0.2
-"""Within this time a second Ctrl-C is the first one again: a terminal sends it to us and to the process that started
-us.
-"""
-
-
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it between steps, saves and stops. A second Ctrl-C stops at once."""
+    """Set by Ctrl-C, SIGTERM or SIGHUP; the loop looks at it between steps, saves and stops. A second Ctrl-C stops at
+    once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -113,7 +111,7 @@ class StopRequest:
             if not self.requested:
                 self.requested, self._since = True, time.monotonic()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in stop_signals()}
         try:
             yield
         finally:

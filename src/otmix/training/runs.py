@@ -51,6 +51,26 @@ def run_dir_of(config: RunConfig) -> Path:
     return Path(config.out) if config.out else default_run_dir(config, runs_folder())
 
 
+RUN_FILES = {
+    *("checkpoint.pt", "config.yaml", "data.json", "environment.json", "metrics.jsonl", "model.safetensors"),
+    *("pairs.npz", "predictions.npz", "report.html", "result.json", "settings.json"),
+}
+"""What a run writes into its folder, besides figures/ and best-EPOCH.safetensors."""
+
+
+def refuse_file_of_a_run(out: Path) -> None:
+    """Raises UserError where --out names a file that a run has written or will write: it would be lost."""
+    path = out.resolve()
+    for folder in path.parents:
+        if not all((folder / name).is_file() for name in ("config.yaml", "data.json", "environment.json")):
+            continue
+        first, *below = path.relative_to(folder).parts
+        name = first.casefold()  # some file systems take both for one
+        best = name.startswith("best-") and name.endswith(".safetensors")
+        if (name == "figures" and below) or (not below and (name in RUN_FILES or best)):
+            raise UserError(f"--out {out} is a file of the run in {folder}, which would be lost; name another file")
+
+
 def is_finished(run_dir: Path) -> bool:
     return (run_dir / "result.json").is_file()
 
