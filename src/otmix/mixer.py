@@ -126,8 +126,8 @@ class BatchMixer:
             pairs = pairing(source.items, background.items, watched, context)
         if len(pairs) < (wanted := min(len(source), len(plain))):
             raise UserError(
-                f"the pairing {type(pairing).__name__} gave {len(pairs)} pairs for {wanted} foregrounds, so images of the "
-                "batch would be lost; it must give each foreground a background"
+                f"the pairing {type(pairing).__name__} gave {len(pairs)} pairs for {wanted} foregrounds, so images of "
+                "the batch would be lost; it must give each foreground a background"
             )
         height, width = background.images.shape[-2:]
         drawn = self.mixer.draw(len(pairs), height, width, moment.generator("mix"))

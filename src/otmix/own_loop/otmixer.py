@@ -108,8 +108,8 @@ class OTMixer:
         self.batch_mixer = BatchMixer(pairing, pixels, schedule)
         if not schedule.reaches(self.epochs):
             raise UserError(
-                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {schedule.window} of "
-                "the training; give more epochs, or schedule=MixSchedule(0.5)"
+                f"OTMixer would mix nothing: none of {self.epochs} epochs begins within the window {schedule.window} "
+                "of the training; give more epochs, or schedule=MixSchedule(0.5)"
             )
         self.epoch, self.step = 0, 0
         self.entries = 0  # how often it has come to an epoch, by end_epoch or a state: foregrounds begin anew there
