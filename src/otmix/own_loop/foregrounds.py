@@ -57,8 +57,8 @@ class ForegroundSteps(Sampler[int]):
         place, entry = self.place(), self.mixer.entries
         if entry == self._began[0] and place.step > self._began[1]:
             raise UserError(
-                f"the foreground_loader begins again in epoch {place.epoch}, after {place.step} steps; call "
-                "end_epoch() after each pass over your loader, or make a new OTMixer for a new start"
+                f"the foregrounds begin again in epoch {place.epoch}, after {place.step} steps; call end_epoch() "
+                "after each pass over your loader, or make a new OTMixer for a new start"
             )
         self._began = entry, place.step
         for step in count(place.step):

@@ -9,9 +9,8 @@ from otmix.pairing import Curriculum
 
 def check_model(model: object) -> None:
     """Raises UserError for what cannot be called with images."""
-    _check(
-        "model", model, callable(model), "a module or function of images", "a function that gives (features, logits)"
-    )
+    wanted, example = "a module or a function of images", "lambda images: (features(images), logits(images))"
+    _check("model", model, callable(model), wanted, example)
 
 
 def check_pairing(pairing: object) -> None:
