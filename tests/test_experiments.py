@@ -264,7 +264,7 @@ def test_a_run_with_another_loss_of_the_same_name_is_not_reused(
         run(tmp_path, ["mine"], seeds=1)
     assert trainer.trained == [("mine", 0)]
     import_again(file, OWN + "# other\n", monkeypatch)
-    with pytest.raises(UserError, match=r"the file that defines the loss no longer holds what .* --runs"):
+    with pytest.raises(UserError, match=r"the code that defines the loss no longer holds what .* --runs"):
         run(tmp_path, ["mine"], seeds=1)
 
 
