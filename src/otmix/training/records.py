@@ -138,9 +138,10 @@ def inputs(config: RunConfig) -> dict[str, str]:
 def changed_inputs(run_dir: Path, config: RunConfig) -> str:
     """Which of `inputs` are others than those of a run, in words, as far as it recorded them and they are known."""
     then = read_json(run_dir / "environment.json").get("inputs", {})
-    return " and ".join(
-        INPUTS[key] for key, value in inputs(config).items() if UNKNOWN != value and then.get(key, value) not in (value, UNKNOWN)
-    )
+    other = [
+        key for key, now in inputs(config).items() if then.get(key, now) != now and UNKNOWN not in (now, then[key])
+    ]
+    return " and ".join(INPUTS[key] for key in other)
 
 
 def write_records(
