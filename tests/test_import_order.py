@@ -18,7 +18,8 @@ ROOT = Path(otmix.__file__).parent
 # reads only plain values and the files of a run directory. `protocols` holds plain values, of which OTMixer takes its
 # defaults.
 LAYERS = [
-    ["errors", "wording", "files", "extensions", "randomness", "devices", "types", "counting", "settings", "protocols"],
+    ["errors", "wording", "files", "extensions", "randomness", "devices", "types", "counting"],
+    ["settings", "protocols", "datanames"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
     ["methods", "config"],
@@ -29,7 +30,7 @@ LAYERS = [
     ["__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
-FOR_OWN_LOOPS = {module for layer in LAYERS[:3] for module in layer}
+FOR_OWN_LOOPS = {module for layer in LAYERS[:4] for module in layer}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -7,7 +7,6 @@ import hashlib
 import linecache
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from traceback import extract_tb
@@ -20,6 +19,7 @@ IMPORTED: dict[Path, None] = {}
 UNKNOWN = "unknown"
 """Stands for the hash of a class whose source cannot be read."""
 
+_DEFINED: dict[type, str | None] = {}
 _NOT_OWN = frozenset({"otmix", "torch", *sys.stdlib_module_names})
 
 
@@ -61,12 +61,17 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-@cache
 def hash_of_definition(kind: type) -> str | None:
     """What defines a class and those it is derived from, as it was when this was first asked (on registering): hashes
     of their files and of the modules beside these that they import; of the class alone where it is in no file but was
     typed into a notebook; `UNKNOWN` where its source cannot be read. None for what is part of otmix.
     """
+    if kind not in _DEFINED:
+        _DEFINED[kind] = _hash_now(kind)
+    return _DEFINED[kind]
+
+
+def _hash_now(kind: type) -> str | None:
     held: dict[str, None] = {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in _NOT_OWN:
@@ -139,7 +144,9 @@ def _typed_in(kind: type) -> str | None:
     """
     for member in vars(kind).values():
         code = getattr(getattr(member, "__func__", member), "__code__", None)
-        lines = linecache.getlines(code.co_filename) if code is not None else []
+        if code is None:
+            continue
+        lines = linecache.getlines(code.co_filename)
         try:
             nodes = [*ast.walk(ast.parse("".join(lines)))]
         except SyntaxError:

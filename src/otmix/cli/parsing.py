@@ -78,8 +78,8 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     if not typed.print_config:
         return Call(positional, {**named, config_name: config})
     shown = {key: value for key, value in config.to_dict().items() if key in chosen or key == "set"}
-    lists = {METHODS: typed.positional, IMPORT: typed.repeated.get("imports")}
-    shown = {key: value for key, value in lists.items() if value} | shown
+    named_lists = {METHODS: typed.positional, IMPORT: typed.repeated.get("imports", [])}
+    shown = {key: value for key, value in named_lists.items() if value} | shown
     flags_of_its_own = {a.key: _plain(found[a.key]) for a in own if not (a.positional or a.repeated)}
     return Call(positional, {**named, config_name: config}, flags_of_its_own | shown)
 

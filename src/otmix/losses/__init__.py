@@ -20,7 +20,7 @@ from otmix.losses.ldam import LDAM
 from otmix.losses.logit_adjustment import LogitAdjustment
 from otmix.losses.reweighting import DeferredReweighting, effective_number_weights
 from otmix.losses.ride import RIDE
-from otmix.mixing import LOSS_NAMES, PIXEL_RULES, RESERVED
+from otmix.mixing import LOSS_NAMES, PAIRING_NAMES, PIXEL_RULES, RESERVED
 
 LOSSES: dict[str, type[Criterion]] = {
     "ce": CrossEntropy,
@@ -58,7 +58,7 @@ def register_loss(name: str) -> Callable[[_C], _C]:
             "before, nor -drw, -drs, -cbs or -srs behind"
         )
     # "otmix-mixup" is a mixer, and so will be "otmix-" with any rule
-    if name in RESERVED or name in PIXEL_RULES or name.startswith(("cmo-", "otmix-", "confusion-")):
+    if name in RESERVED or name in PIXEL_RULES or name.startswith(tuple(f"{pairing}-" for pairing in PAIRING_NAMES)):
         raise UserError(f"{name!r} means something else in a method's name; choose another name for the loss")
 
     def add(criterion: _C) -> _C:

@@ -63,7 +63,8 @@ BUILT_IN = frozenset(PIXEL_RULES)
 """The names of the library's own."""
 
 # What means something in a method's name without being a pixel rule or a loss; tests hold it equal to otmix.methods.
-RESERVED = frozenset({"balms", "bbn", "cbs", "cmo", "confusion", "drs", "drw", "erm", "otmix", "ride", "srs"})
+PAIRING_NAMES = ("cmo", "otmix", "confusion")
+RESERVED = frozenset({"balms", "bbn", "cbs", "drs", "drw", "erm", "ride", "srs", *PAIRING_NAMES})
 LOSS_NAMES = {"bayias", "ce", "focal", "ib", "lade", "ldam"}
 """Names of losses that a mixer's could be taken for; `register_loss` adds to them."""
 
