@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,9 @@ def nothing_registered_stays() -> Iterator[None]:
     from otmix.mixing import LOSS_NAMES, PIXEL_RULES
 
     tables: list[Any] = [LOSSES, LOSS_NAMES, PIXEL_RULES, IMPORTED]
-    before = [table.copy() for table in tables]
+    before, path = [table.copy() for table in tables], [*sys.path]
     yield
+    sys.path[:] = path  # an imported file's folder is added
     for table, content in zip(tables, before, strict=True):
         if table != content:
             table.clear()

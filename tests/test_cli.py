@@ -19,7 +19,7 @@ import otmix
 from otmix.cli import COMMANDS, commands, main
 from otmix.cli.arguments import GROUPS, Argument, arguments_of
 from otmix.cli.help import overview, page
-from otmix.cli.parsing import parse
+from otmix.cli.parsing import Call, parse
 from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.protocols import Overrides, Protocol
@@ -185,6 +185,46 @@ def test_repeatable_flag() -> None:
     call = parse("train", COMMANDS["train"], ["--import", "a.py", "--import=b.py"])
     assert call.named["imports"] == [Path("a.py"), Path("b.py")]
     assert parse("train", COMMANDS["train"], []).named["imports"] == []
+
+
+def test_a_file_may_name_methods_and_files_to_import(tmp_path: Path) -> None:
+    def compared(*argv: str) -> Call:
+        return parse("compare", COMMANDS["compare"], argv)
+
+    file = str(config_file(tmp_path, "methods: [erm, cmo]\nimport: [a.py, ~/b.py]\nepochs: 3\n"))
+    call = compared("--config", file)
+    assert call.positional == (["erm", "cmo"],)
+    assert call.named["imports"] == [Path("a.py"), Path("~/b.py").expanduser()]
+    call = compared("otmix", "--config", file, "--import", "c.py", "--import", "a.py")
+    assert call.positional == (["otmix"],), "those that are typed are meant"
+    assert call.named["imports"] == [Path("a.py"), Path("~/b.py").expanduser(), Path("c.py")]
+    shown = compared("--config", file, "--print_config").print_config
+    assert shown is not None
+    assert shown["methods"] == ["erm", "cmo"]
+    again = compared("--config", str(config_file(tmp_path, shown, "again.yaml")))
+    assert again == compared("--config", file)
+    assert "methods" not in (compared("--print_config").print_config or {})
+    one = str(config_file(tmp_path, "import: a.py\nimbalance: 3\n", "one.yaml"))
+    for command in ("train", "preview"):
+        assert parse(command, COMMANDS[command], ["--config", one]).named["imports"] == [Path("a.py")]
+    assert config_of("--config", one, command="data").imbalance == 3, "which takes none, but reads the file"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("method: cmo", "`otmix compare` takes several: write `methods: [erm, otmix]` in the file"),
+        ("methods: {erm: 1}", "must be a list of texts"),
+        ("methods: [1]", "must be a list of texts"),
+        ("zzzz: 3", "`otmix compare --print_config` shows all there are"),
+        ("methods: []", "`otmix compare` needs METHOD"),
+    ],
+)
+def test_bad_file_of_a_comparison(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--config", str(config_file(tmp_path, text))]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_positionals_and_what_looks_like_a_flag() -> None:

@@ -284,6 +284,7 @@ def test_compare_trains_then_reuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     page = Path(pages.pop())
     assert page.parent == tmp_path
     assert page.stat().st_size > 1000
+    assert f"table   {page.with_suffix('.csv')}\n" in first
     assert main([*argv[:2], *argv[3:]]) == 0  # another comparison has a page of its own
     assert len(list(tmp_path.glob("*.html"))) == 2
     capsys.readouterr()

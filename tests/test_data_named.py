@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from otmix.data import ArraySource, load_dataset, long_tail_counts
+from otmix.data import LOADERS, ArraySource, Loader, load_dataset, long_tail_counts
 from otmix.data.cifar import CIFAR10_CLASSES
 from otmix.data.digits import MEAN, STD
 from otmix.data.sources import to_channels
+from otmix.datanames import DataName
 from otmix.errors import UserError
 
 
@@ -37,6 +39,24 @@ def test_digits_have_a_long_tail_and_a_fixed_balanced_test_split() -> None:
     assert [data.test.name_of(i) for i in range(539)] == [everything.test.name_of(i) for i in range(539)]
     groups = data.counts.shot_groups()
     assert all(groups[name] is not None for name in groups)
+
+
+def test_every_name_has_a_loader() -> None:
+    assert tuple(LOADERS) == get_args(DataName)
+
+
+def test_the_example_of_contributing_is_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "def load_mine" in block)
+    (line,) = re.findall(r'`"mine": (Loader\(.*?\))`', guide)
+    space: dict[str, Any] = {"Loader": Loader}
+    exec(code, space)
+    monkeypatch.setitem(LOADERS, "mine", eval(line, space))  # type: ignore[misc]
+    data = load_dataset("mine")  # type: ignore[arg-type]
+    assert data.counts.counts.tolist() == [80, 8]
+    assert data.test is not None
+    assert torch.bincount(data.test.labels).tolist() == [20, 20]
+    assert load_dataset("mine", channels=3).train.read(0).shape == (3, 16, 16)  # type: ignore[arg-type]
 
 
 def test_digits_pixels_names_and_constants() -> None:

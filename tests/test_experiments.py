@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -42,7 +43,7 @@ from otmix.experiments.units import (
 )
 from otmix.extensions import import_files
 from otmix.files import write_json
-from otmix.losses import LOSSES
+from otmix.losses import LOSSES, CrossEntropy, register_loss
 from otmix.methods import parse_method
 from otmix.protocols import PROTOCOLS, Overrides
 from otmix.training.records import data_record, inputs, read_config
@@ -264,8 +265,63 @@ def test_a_run_with_another_loss_of_the_same_name_is_not_reused(
         run(tmp_path, ["mine"], seeds=1)
     assert trainer.trained == [("mine", 0)]
     import_again(file, OWN + "# other\n", monkeypatch)
-    with pytest.raises(UserError, match=r"the file that defines the loss no longer holds what .* --runs"):
+    with pytest.raises(UserError, match=r"the code that defines the loss no longer holds what .* --runs"):
         run(tmp_path, ["mine"], seeds=1)
+
+
+def test_files_to_import_are_loaded_here_too(tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.errors = {("mine", 0): 0.3}
+    file = tmp_path / "given_to_compare.py"
+    file.write_text(OWN)
+    try:
+        run(tmp_path, ["mine"], seeds=1, imports=[str(file)])
+    finally:
+        sys.modules.pop(file.stem, None)
+    assert trainer.trained == [("mine", 0)]
+
+
+def test_what_other_processes_cannot_know_is_refused_before_they_start(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["otmix.experiments.compare"], "train_in_processes", None)
+    register_loss("mine")(type("Mine", (CrossEntropy,), {"__module__": "__main__"}))
+    file = tmp_path / "nothing_of_compare.py"
+    file.touch()
+    for imports in ([], [str(file)]):
+        with pytest.raises(
+            UserError, match=r"the loss 'mine' is known to this process alone.*imports=\[FILE\], or jobs=1"
+        ):
+            run(tmp_path, ["erm", "mine"], seeds=1, jobs=2, imports=imports)
+    sys.modules.pop(file.stem, None)
+
+
+def test_a_loss_whose_source_is_not_known_is_reused_with_a_word(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.errors = {("mine", 0): 0.3}
+    said = []
+    for _ in range(2):  # the second is another class of the same name
+        register_loss("mine")(type("Mine", (CrossEntropy,), {"__module__": "typed_into_nothing"}))
+        reporter = Lines()
+        run(tmp_path, ["mine"], seeds=1, reporter=reporter)
+        said.append("\n".join(reporter.lines))
+    assert trainer.trained == [("mine", 0)]
+    assert "cannot be read" not in said[0]
+    assert "the source of the loss 'mine' cannot be read here, so finished runs are reused" in said[1]
+
+
+def test_the_rows_are_written_as_csv_too(tmp_path: Path, trainer: Trainer) -> None:
+    found = run(tmp_path, ["erm", "cmo"])
+    with found.table.open(encoding="utf-8", newline="") as stream:
+        lines = [*csv.DictReader(stream)]
+    assert found.table == found.path.with_suffix(".csv")
+    assert [line["method"] for line in lines] == ["ce", "ce+cmo"]
+    for line, row in zip(lines, found.rows, strict=True):
+        assert line["seeds"] == "0 1 2"
+        assert [float(value) for value in line["top1_error_seeds"].split()] == row["top1_error"]
+        assert float(line["top1_error"]) == pytest.approx(np.mean(row["top1_error"]))
+        assert float(line["top1_error_std"]) == pytest.approx(np.std(row["top1_error"], ddof=1))
+        assert line["few"] == line["few_std"] == line["few_seeds"] == "", "no such class"
 
 
 def test_a_run_with_other_weights_of_the_same_name_is_not_reused(tmp_path: Path, trainer: Trainer) -> None:

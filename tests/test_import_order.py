@@ -19,7 +19,7 @@ ROOT = Path(otmix.__file__).parent
 # defaults.
 LAYERS = [
     ["errors", "wording", "files", "streams", "interrupts"],
-    ["extensions", "randomness", "devices", "types", "counting", "settings", "protocols"],
+    ["extensions", "randomness", "devices", "types", "counting", "settings", "protocols", "datanames"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
     ["methods", "config"],

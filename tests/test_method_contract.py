@@ -18,7 +18,7 @@ from otmix.errors import UserError
 from otmix.losses import LOSSES, Criterion, register_loss
 from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, loss_part, parse_method
 from otmix.methods.parts import REBALANCING_DEFAULTS
-from otmix.mixing import PIXEL_RULES, Mixup
+from otmix.mixing import PIXEL_RULES, Mixup, mix_of_two
 from otmix.protocols import PROTOCOLS, Overrides
 from otmix.settings import settings_of
 from otmix.training import contract
@@ -260,6 +260,36 @@ def test_a_mixer_that_breaks_its_word_is_found_out(
     monkeypatch.setitem(PIXEL_RULES, "broken", Broken)
     with pytest.raises(contract._Broken, match=problem):
         contract._mixes(parse_method("ce+otmix-broken"), tmp_path)
+
+
+class Blend:
+    """Images in one share for all; `said`: which of the two it calls the background's."""
+
+    power, said = 1.0, 1.0
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        return 0.1 + 0.3 * torch.rand((), generator=generator)
+
+    def apply(self, background: Batch, foreground: Batch, drawn: Tensor) -> Mixed:
+        mixed = drawn * background.images**self.power + (1 - drawn) * foreground.images
+        return mix_of_two(mixed, background, foreground, (drawn if self.said else 1 - drawn)[None])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "keeps_its_word"),
+    [({}, True), ({"said": 0.0}, False), ({"power": 0.0, "said": 0.0}, True)],
+    ids=["as it says", "the other way round", "no mean of the two images"],
+)
+def test_a_mixer_must_say_how_much_is_background(
+    attributes: dict[str, float], keeps_its_word: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(PIXEL_RULES, "blend", type("Other", (Blend,), attributes))
+    method = parse_method("ce+otmix-blend")
+    if keeps_its_word:
+        contract._mixes(method, tmp_path)
+        return
+    with pytest.raises(contract._Broken, match=r"image_share must be the background's part .*; it is 0\.\d+, but of"):
+        contract._mixes(method, tmp_path)
 
 
 def test_the_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

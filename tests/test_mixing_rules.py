@@ -401,7 +401,7 @@ def test_registering_a_rule() -> None:
 
         assert PIXEL_RULES["my_mixer2"] is Mine
         with pytest.raises(ValueError, match="already a mixer named 'my_mixer2'"):
-            register_mixer("my_mixer2")(Mine)
+            register_mixer("my_mixer2")(Mixup)
     finally:
         PIXEL_RULES.pop("my_mixer2", None)
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from otmix.datanames import DataName
 from otmix.errors import UserError
 from otmix.protocols import Overrides, Protocol, ProtocolName
 
@@ -84,7 +85,7 @@ class RunConfig:
         resume: go on with the run in `out`; start it if there is none.
     """
 
-    data: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
+    data: DataName = "digits"
     root: str | None = None
     imbalance: float | None = None
     max_per_class: int | None = None

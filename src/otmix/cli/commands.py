@@ -31,7 +31,8 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
     Ctrl-C saves and says how to go on; `otmix train --resume --out RUN` goes on with any run.
 
     Args:
-        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+        imports: Python file to load first, with losses and mixers of your own (`@register_loss`, `@register_mixer`);
+            may be given several times.
 
     Examples:
         otmix train                                             OTmix on the digits, in about a minute
@@ -85,11 +86,12 @@ def compare(
     repeated. The seeds are --seed and those that follow it.
 
     Args:
-        methods: names as in `otmix methods`.
+        methods: names as in `otmix methods`; `methods` in the file of --config where none is given.
         seeds: runs of each method.
         jobs: runs at once, each in a process of its own, on one device.
         runs: folder that all runs are put into (default: $OTMIX_RUNS or ./runs).
-        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+        imports: Python file to load first, with losses and mixers of your own (`@register_loss`, `@register_mixer`);
+            may be given several times.
 
     Examples:
         otmix compare erm cmo otmix --seeds 3
@@ -122,7 +124,7 @@ def compare(
         page = write_comparison_page(
             found.path.with_suffix(".html"), found.rows, found.notes, runs=trained, command=typed
         )
-        console.print(f"page    {page}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"table   {found.table}\npage    {page}", markup=False, highlight=False, soft_wrap=True)
     return 1 if found.failed else 0
 
 
@@ -144,7 +146,7 @@ def evaluate(
         json: everything that was measured, per class too, as JSON.
         accelerator: where to compute.
         root: where the data is now, if it has moved.
-        imports: Python file to load first, with the run's own loss.
+        imports: Python file to load first, with the run's own loss or mixer; may be given several times.
 
     Examples:
         otmix evaluate runs/a
@@ -190,7 +192,7 @@ def predict(
         on_bad_image: stop at a broken image, or skip it and list it on stderr.
         batch_size: images at a time.
         accelerator: where to compute.
-        imports: Python file to load first, with the run's own loss.
+        imports: Python file to load first, with the run's own loss or mixer; may be given several times.
 
     Examples:
         otmix predict runs/a photo.jpg

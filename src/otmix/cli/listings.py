@@ -105,7 +105,8 @@ def methods(name: str | None = None, /, *, protocol: ProtocolName | None = None,
     Args:
         name: a method, e.g. cmo or ce-drw+otmix.
         protocol: show the values of this protocol only.
-        imports: Python file to load first, with losses of your own (`@register_loss`); may be given several times.
+        imports: Python file to load first, with losses and mixers of your own (`@register_loss`, `@register_mixer`);
+            may be given several times.
 
     Examples:
         otmix methods

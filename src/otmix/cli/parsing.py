@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
-from otmix.config import RunConfig
+from otmix.config import ADDED, RunConfig
 from otmix.errors import UserError
 from otmix.protocols import Overrides, Protocol
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
+METHODS, IMPORT = "methods", "import"
+"""What of a file is a list of texts: what `otmix compare` compares, and the files of `--import`."""
 GROUP_OF_SET = "method"
 PLACES = ("root", "out", "weights")
 """Flags that name a file or folder though their type is a text."""
@@ -51,11 +53,20 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     arguments, config_name = arguments_of(function), config_parameter(function)
     typed = _sort_out(command, arguments, argv, takes_config=config_name is not None)
     flags: dict[str, str | bool] = {}
+    imports, methods = list[str](), list[str]()
     for file in typed.files or _implied_files(command, typed.flags):
-        flags |= _read_config(file, arguments)
+        read, lists = _read_config(file, command, arguments)
+        flags |= read
+        imports += lists.get(IMPORT, [])
+        methods = lists.get(METHODS, methods)
+    if any(a.key == METHODS for a in arguments):
+        typed.positional = typed.positional or methods
+    if any(a.key == "imports" for a in arguments):
+        typed.repeated["imports"] = [*dict.fromkeys(imports + typed.repeated.get("imports", []))]
     given = flags | typed.flags
     parts = {key.removeprefix("set."): value for key, value in given.items() if key.count(".") == 2}
-    found = _converted(command, arguments, {key: given[key] for key in given if key.count(".") < 2}, typed.positional)
+    flags = {key: given[key] for key in given if key.count(".") < 2}
+    found = _converted(command, arguments, flags, typed.positional, needs_all=not typed.print_config)
     own = [argument for argument in arguments if argument.group == OWN]
     positional = tuple(found[argument.key] for argument in own if argument.positional)
     named = {argument.key: found[argument.key] for argument in own if not (argument.positional or argument.repeated)}
@@ -67,6 +78,8 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     if not typed.print_config:
         return Call(positional, {**named, config_name: config})
     shown = {key: value for key, value in config.to_dict().items() if key in chosen or key == "set"}
+    named_lists = {METHODS: typed.positional, IMPORT: typed.repeated.get("imports", [])}
+    shown = {key: value for key, value in named_lists.items() if value} | shown
     flags_of_its_own = {a.key: _plain(found[a.key]) for a in own if not (a.positional or a.repeated)}
     return Call(positional, {**named, config_name: config}, flags_of_its_own | shown)
 
@@ -144,8 +157,12 @@ def _implied_files(command: str, flags: dict[str, str | bool]) -> list[Path]:
     return [file] if file.is_file() else []
 
 
-def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | bool]:
-    """What a YAML file says of the flags of this command. Raises UserError for settings that no command has."""
+def _read_config(
+    file: Path, command: str, arguments: Sequence[Argument]
+) -> tuple[dict[str, str | bool], dict[str, list[str]]]:
+    """What a YAML file says of the flags of this command, and its lists: `METHODS` and `IMPORT`. Raises UserError for
+    settings that no command has.
+    """
     import yaml
 
     try:
@@ -159,19 +176,37 @@ def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | b
         raise UserError(f"{file} must hold settings as `name: value`, one a line")
     settings = {f.name for f in fields(RunConfig)}
     own = {a.key for a in arguments if a.group == OWN and not (a.positional or a.repeated)}
-    _check_keys(file, values, settings | own, "")
+    takes_methods = any(a.key == METHODS for a in arguments)
+    known_lists = {METHODS, IMPORT} if takes_methods else {IMPORT}
+    lists = {key: _texts(file, key, values.pop(key)) for key in known_lists & values.keys()}
+    # the record of a run has one, which is not meant here
+    if takes_methods and "method" in values and settings - values.keys() - ADDED.keys():
+        raise UserError(
+            f"`method` in {file} names a single one; `otmix {command}` takes several: write `methods: [erm, otmix]` in "
+            "the file, or name them on the command line alone"
+        )
+    _check_keys(file, command, values, settings | own | known_lists, "")
     changed = values.get("set") or {}
     if not isinstance(changed, dict):
         raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
     of_protocol = {f.name for f in fields(Protocol)}
-    _check_keys(file, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], of_protocol, "set.")
+    _check_keys(file, command, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], of_protocol, "set.")
     # a flag of its own that is called like a field of RunConfig is not meant by a run's record
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
     flat = values | {f"set.{key}": value for key, value in changed.items()}
     read = {
         key: _as_typed(file, taken[key], value) for key, value in flat.items() if key in taken and value is not None
     }
-    return read | {key: str(value) for key, value in flat.items() if key.count(".") == 2}
+    return read | {key: str(value) for key, value in flat.items() if key.count(".") == 2}, lists
+
+
+def _texts(file: Path, key: str, value: Any) -> list[str]:
+    """A list of texts, or one of them alone."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        example = {METHODS: "erm, otmix", IMPORT: "mine.py"}[key]
+        raise UserError(f"`{key}` in {file} must be a list of texts, it is {value}; write e.g. `{key}: [{example}]`")
+    return [os.path.expanduser(text) for text in texts] if key == IMPORT else texts  # noqa: PTH111 (as for flags)
 
 
 def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
@@ -198,16 +233,21 @@ def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:
     return value if argument.switch else str(value)
 
 
-def _check_keys(file: Path, values: Iterable[Any], known: set[str], prefix: str) -> None:
+def _check_keys(file: Path, command: str, values: Iterable[Any], known: set[str], prefix: str) -> None:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{close[0]}?" if close else "`otmix train --print_config` shows all there are"
+            shown = f"`otmix {command} {PRINT_CONFIG}` shows all there are"
+            hint = f"did you mean {prefix}{close[0]}?" if close else shown
             raise UserError(f"{file} sets {prefix}{key}, which does not exist; {hint}")
 
 
 def _converted(
-    command: str, arguments: Sequence[Argument], flags: dict[str, str | bool], positional: list[str]
+    command: str,
+    arguments: Sequence[Argument],
+    flags: dict[str, str | bool],
+    positional: list[str],
+    needs_all: bool = True,
 ) -> dict[str, Any]:
     """The values of all arguments but the repeatable ones, in the types of the function."""
     from jsonargparse import ActionYesNo, ArgumentParser
@@ -216,7 +256,7 @@ def _converted(
     words = []
     for argument in arguments:
         if argument.positional:
-            nargs: dict[str, Any] = {"nargs": "+"} if argument.several else {}
+            nargs: dict[str, Any] = {"nargs": "+" if needs_all else "*"} if argument.several else {}
             if not nargs and argument.default is not REQUIRED:
                 nargs = {"nargs": "?"}
             parser.add_argument(argument.key, type=argument.bare, **nargs)

@@ -42,7 +42,7 @@ def preview(
     Args:
         run: a finished run, whose data, settings and model are used.
         out: the picture, a PNG.
-        imports: Python file to load first, with the run's own loss.
+        imports: Python file to load first, with the run's own loss or mixer; may be given several times.
 
     Examples:
         otmix preview --data folder --root photos

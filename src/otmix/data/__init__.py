@@ -1,7 +1,7 @@
 """Everything from names and folders to batches of images."""
 
 from otmix.data.augmentation import ShiftFlip, Window, WindowFlip
-from otmix.data.dataset import DEFAULT_IMBALANCE, ImageDataset, load_dataset, require_readable
+from otmix.data.dataset import LOADERS, ImageDataset, Loader, load_dataset, require_readable
 from otmix.data.decoding import IMAGE_ENDINGS, decode
 from otmix.data.longtail import choose_subset, long_tail_counts, split_by_class
 from otmix.data.resizing import SMALL, to_square
@@ -9,8 +9,8 @@ from otmix.data.sources import ArraySource, FileSource, ImageSource, items_of
 from otmix.data.stores import HeldStore, ImageStore, ResidentStore, WorkerStore, dead_reader, open_store
 
 __all__ = [
-    "DEFAULT_IMBALANCE",
     "IMAGE_ENDINGS",
+    "LOADERS",
     "SMALL",
     "ArraySource",
     "FileSource",
@@ -18,6 +18,7 @@ __all__ = [
     "ImageDataset",
     "ImageSource",
     "ImageStore",
+    "Loader",
     "ResidentStore",
     "ShiftFlip",
     "Window",

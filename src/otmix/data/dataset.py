@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from otmix.data.cifar import load_cifar
 from otmix.data.decoding import GLANCE, Progress, find_unreadable, in_threads
+from otmix.data.digits import load_digits
 from otmix.data.folder import LARGE_SIZE, choose_image_size, load_folder
 from otmix.data.longtail import choose_subset, split_by_class
 from otmix.data.resizing import SMALL
 from otmix.data.sources import ArraySource, FileSource, ImageSource, RawData, average_channels
+from otmix.datanames import DataName
 from otmix.errors import UserError
 from otmix.models.timm_backbone import PREFIX, takes_images, timm_data_config
 from otmix.types import ClassCounts
 from otmix.wording import counted
 
-DataName = Literal["digits", "cifar10", "cifar100", "folder"]
-DEFAULT_IMBALANCE: dict[str, float | None] = {"digits": 20.0, "cifar10": 100.0, "cifar100": 100.0, "folder": None}
 CIFAR_VALIDATION = 1000
 _SMALLEST = 4
 _LISTED = 20  # files that a note names
 _SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What a name of `--data` stands for: `load(root, channels, download)`, each as the user gave it, and the ratio of
+    the largest class to the smallest that it is thinned to unless told otherwise (None: not at all).
+    """
+
+    load: Callable[[str | Path | None, int | None, bool], RawData]
+    imbalance: float | None = None
+
+
+def _cifar(which: Literal["cifar10", "cifar100"], root: str | Path | None, channels: int | None, down: bool) -> RawData:
+    return load_cifar(which, root, down, channels or 3)
+
+
+def _folder(root: str | Path | None, channels: int | None, download: bool) -> RawData:
+    if root is None:
+        raise UserError(
+            "--data folder needs --root DIR, a folder with the images of each class in a folder of their own"
+        )
+    return load_folder(root, channels or 3)
+
+
+LOADERS: dict[DataName, Loader] = {
+    "digits": Loader(lambda root, channels, download: load_digits(channels or 1), imbalance=20.0),
+    "cifar10": Loader(partial(_cifar, "cifar10"), imbalance=100.0),
+    "cifar100": Loader(partial(_cifar, "cifar100"), imbalance=100.0),
+    "folder": Loader(_folder),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,21 +189,9 @@ def require_readable(source: ImageSource, progress: Progress | None = None) -> N
 def _load_raw(data: DataName, root: str | Path | None, channels: int | None, download: bool) -> RawData:
     if channels not in (None, 1, 3):
         raise UserError(f"images cannot have {channels} channels; give 1 (grey) or 3 (colour)")
-    if data == "digits":
-        from otmix.data.digits import load_digits
-
-        return load_digits(channels or 1)
-    if data == "cifar10" or data == "cifar100":
-        from otmix.data.cifar import load_cifar
-
-        return load_cifar(data, root, download, channels or 3)
-    if data == "folder":
-        if root is None:
-            raise UserError(
-                "--data folder needs --root DIR, a folder with the images of each class in a folder of their own"
-            )
-        return load_folder(root, channels or 3)
-    raise UserError(f"--data {data} is unknown; give one of {', '.join(DEFAULT_IMBALANCE)}")  # typed callers never do
+    if data not in LOADERS:  # typed callers never do
+        raise UserError(f"--data {data} is unknown; give one of {', '.join(LOADERS)}")
+    return LOADERS[data].load(root, channels, download)
 
 
 def _without_unreadable(raw: RawData, progress: Progress | None) -> RawData:
@@ -226,7 +246,7 @@ def _with_size(raw: RawData, asked: int | None, timm: str | None) -> tuple[RawDa
 
 def _with_subset(
     raw: RawData,
-    data: str,
+    data: DataName,
     imbalance: float | None,
     max_per_class: int | None,
     validation_per_class: int | None,
@@ -242,7 +262,7 @@ def _with_subset(
             and int(available.min()) - max_per_class >= CIFAR_VALIDATION
         )
         validation_per_class = CIFAR_VALIDATION if spare else 0
-    imbalance = DEFAULT_IMBALANCE[data] if imbalance is None else imbalance
+    imbalance = LOADERS[data].imbalance if imbalance is None else imbalance
     if imbalance is None and max_per_class is None and not validation_per_class:
         return raw
     chosen, held = choose_subset(

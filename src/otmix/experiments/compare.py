@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,13 @@ from otmix.errors import UserError
 from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
+from otmix.extensions import UNKNOWN, hash_of_definition, import_files
 from otmix.files import make_folder_of, read_json
+from otmix.losses import BUILT_IN as BUILT_IN_LOSSES
+from otmix.losses import LOSSES
 from otmix.methods import Method, check_settings, parse_method
+from otmix.mixing import BUILT_IN as BUILT_IN_MIXERS
+from otmix.mixing import PIXEL_RULES
 from otmix.training.launch import cores
 from otmix.training.records import changed_data, changed_inputs, read_config, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
@@ -55,16 +60,18 @@ def compare(
     jobs: int = 1,
     runs: Path | None = None,
     reporter: Reporter | None = None,
-    imports: Sequence[str] = (),
+    imports: Sequence[str | Path] = (),
 ) -> Comparison:
     """Compare `methods` under `base`'s settings, with the seeds base.seed, base.seed + 1, …
 
     Runs that are finished are reused, the others are trained or continued, baselines first. `jobs` of them run at once,
-    each in its own process that loads `imports` (`jobs` = 1: here, one after the other). A run that fails leaves the
-    others alone. The runs and what is found are in `runs` (default: $OTMIX_RUNS or ./runs). Raises UserError for a
-    mistake in what is asked, and `ComparisonInterrupted` after Ctrl-C.
+    each in its own process (`jobs` = 1: here, one after the other). `imports` are Python files with losses and mixers
+    of your own, loaded here and in each process. A run that fails leaves the others alone. The runs and what is found
+    are in `runs` (default: $OTMIX_RUNS or ./runs). Raises UserError for a mistake in what is asked, and
+    `ComparisonInterrupted` after Ctrl-C.
     """
     reporter = reporter or Silent()
+    import_files([Path(file) for file in imports])
     chosen = _checked(base, methods, seeds, jobs)
     folder = runs if runs is not None else runs_folder()
     configs = {
@@ -77,10 +84,18 @@ def compare(
     dataset = load_data(base, reporter.loading) if finished and base.data == "folder" else None
     outcomes = {key: _reused(*key, config, dataset) for key, config in finished.items()}
     missing = {key: config for key, config in configs.items() if key not in outcomes}
+    if jobs > 1 and len(missing) > 1:
+        _check_processes_know([part for method, _ in missing for part in _own_parts(method)], imports)
+    reused = dict(part for method, _ in outcomes for part in _own_parts(method))
+    if unknown := [words for words, part in reused.items() if hash_of_definition(part) == UNKNOWN]:
+        reporter.message(
+            f"the source of {' and '.join(unknown)} cannot be read here, so finished runs are reused whether or not it "
+            "has changed; define it in a file"
+        )
     reporter.message(_plan_in_words(chosen, seeds, len(outcomes), len(missing)))
     make_folder_of(folder / "comparison", "--runs")
     try:
-        _train_missing(missing, outcomes, jobs, imports, reporter)
+        _train_missing(missing, outcomes, jobs, [str(file) for file in imports], reporter)
     except (KeyboardInterrupt, training.Interrupted):
         done = sum(training.is_finished(_run_dir(config)) for config in configs.values())
         raise ComparisonInterrupted(folder, done, len(configs)) from None
@@ -106,6 +121,29 @@ def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> 
         )
     check_settings(base.set, base.protocol, methods)
     return chosen
+
+
+def _own_parts(method: str) -> list[tuple[str, type]]:
+    """The loss and the mixer of a method that are not the library's: in words, and the class."""
+    parsed = parse_method(method)
+    parts: list[tuple[str, type]] = []
+    if parsed.loss not in BUILT_IN_LOSSES:
+        parts.append((f"the loss {parsed.loss!r}", LOSSES[parsed.loss]))
+    if parsed.pixels is not None and parsed.pixels not in BUILT_IN_MIXERS:
+        parts.append((f"the mixer {parsed.pixels!r}", PIXEL_RULES[parsed.pixels]))
+    return parts
+
+
+def _check_processes_know(parts: Iterable[tuple[str, type]], imports: Sequence[str | Path]) -> None:
+    """Raises UserError for one's own that is known here alone: registered in a script or a notebook."""
+    files = {str(Path(file).resolve()) for file in imports}
+    for words, part in parts:
+        here_alone = part.__module__ == "__main__" and getattr(sys.modules["__main__"], "__file__", None) not in files
+        if not files or here_alone:
+            raise UserError(
+                f"{words} is known to this process alone, and jobs > 1 trains in others, which need a file that "
+                "registers it and does nothing else: give imports=[FILE], or jobs=1"
+            )
 
 
 def _training_order(method: Method) -> tuple[bool, bool]:

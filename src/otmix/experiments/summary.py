@@ -1,10 +1,12 @@
 """What the runs of a comparison say together: rows for a table, differences, and notes; written to a
-comparison-….json of their own.
+comparison-….json of their own, the rows to a .csv beside it too.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any, Literal
 
 from otmix.config import RunConfig
 from otmix.experiments.differences import SEEDS_FOR_A_TEST, PairedDifference, paired_difference
-from otmix.files import read_json, write_json
+from otmix.files import read_json, write_json, write_text
 from otmix.methods import Method
+from otmix.reports.statistics import mean_std, seed_values
 from otmix.types import SHOT_GROUPS
 
+_ABOUT = ("method", "title", "protocol", "looks_at_test", "split", "seeds", "n_seeds")
+_NUMBERS = ("top1_error", *SHOT_GROUPS, "balanced_accuracy", "calibration_error", "seconds_per_epoch")
 _MEASURES = {"top1_error": "top-1 error", "balanced_accuracy": "balanced accuracy"}
 
 
@@ -44,6 +49,11 @@ class Comparison:
     path: Path
 
     @property
+    def table(self) -> Path:
+        """The rows as CSV, beside `path`."""
+        return self.path.with_suffix(".csv")
+
+    @property
     def failed(self) -> tuple[Outcome, ...]:
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
@@ -55,7 +65,7 @@ def comparison_path(folder: Path, run_dirs: Sequence[Path]) -> Path:
 
 
 def summarise(base: RunConfig, chosen: Sequence[Method], outcomes: Sequence[Outcome], folder: Path) -> Comparison:
-    """Put together what is known of all runs, and write it to `folder`."""
+    """Put together what is known of all runs, and write it to `folder`, as JSON and its rows as CSV."""
     rows, by_method = [], {}
     for method in chosen:
         done = [outcome for outcome in outcomes if outcome.method == method.name and outcome.status != "failed"]
@@ -82,7 +92,26 @@ def summarise(base: RunConfig, chosen: Sequence[Method], outcomes: Sequence[Outc
         "runs": runs,
     }
     write_json(comparison.path, content)
+    write_text(comparison.table, _as_csv(rows))
     return comparison
+
+
+def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each method: what holds for all of its seeds; then of each number the mean and the sample standard
+    deviation, and the seeds' values in their order, divided by spaces. Empty is what there is none of.
+    """
+    text = io.StringIO()
+    columns = [f"{name}{end}" for name in _NUMBERS for end in ("", "_std", "_seeds")]
+    writer = csv.DictWriter(text, [*_ABOUT, *columns], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        line = {**row, "seeds": " ".join(map(str, row["seeds"]))}
+        for name in _NUMBERS:
+            values = seed_values(row[name])
+            line[name], line[f"{name}_std"] = (None, None) if values is None else mean_std(values)
+            line[f"{name}_seeds"] = " ".join("" if value is None else str(value) for value in row[name] or [])
+        writer.writerow(line)
+    return text.getvalue()
 
 
 def _row(method: Method, done: Sequence[Outcome]) -> dict[str, Any]:

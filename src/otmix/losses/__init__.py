@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from otmix.errors import UserError
+from otmix.extensions import hash_of_definition, is_again
 from otmix.losses.balanced_softmax import BalancedSoftmax
 from otmix.losses.base import Criterion, Head, Reduction
 from otmix.losses.bayias import Bayias
@@ -19,7 +20,7 @@ from otmix.losses.ldam import LDAM
 from otmix.losses.logit_adjustment import LogitAdjustment
 from otmix.losses.reweighting import DeferredReweighting, effective_number_weights
 from otmix.losses.ride import RIDE
-from otmix.mixing import LOSS_NAMES, PIXEL_RULES, RESERVED
+from otmix.mixing import LOSS_NAMES, PAIRING_NAMES, PIXEL_RULES, RESERVED
 
 LOSSES: dict[str, type[Criterion]] = {
     "ce": CrossEntropy,
@@ -34,13 +35,16 @@ LOSSES: dict[str, type[Criterion]] = {
     "ib": IB,
     "lade": LADE,
 }
+BUILT_IN = frozenset(LOSSES)
+"""The names of the library's own."""
 
 _C = TypeVar("_C", bound=type[Criterion])
 
 
 def register_loss(name: str) -> Callable[[_C], _C]:
     """Class decorator: make a `Criterion` known under `name` in methods' names (`name`, `name+otmix`, …). Its
-    attributes `title`, `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
+    attributes `title`, `paper`, `changes` and `disagrees`, where it has them, are what listings say of it. A class that
+    is defined once more, as by a cell of a notebook that is run again, takes the place of the one before.
 
     Raises UserError for a name that is taken, or that would mean something else in a method's name, and for what is no
     class derived from `Criterion`.
@@ -54,14 +58,15 @@ def register_loss(name: str) -> Callable[[_C], _C]:
             "before, nor -drw, -drs, -cbs or -srs behind"
         )
     # "otmix-mixup" is a mixer, and so will be "otmix-" with any rule
-    if name in RESERVED or name in PIXEL_RULES or name.startswith(("cmo-", "otmix-", "confusion-")):
+    if name in RESERVED or name in PIXEL_RULES or name.startswith(tuple(f"{pairing}-" for pairing in PAIRING_NAMES)):
         raise UserError(f"{name!r} means something else in a method's name; choose another name for the loss")
 
     def add(criterion: _C) -> _C:
-        if name in LOSSES:
+        if name in BUILT_IN or (name in LOSSES and not is_again(criterion, LOSSES[name])):
             raise UserError(f"there is already a loss named {name!r}; choose another name")
         if not (isinstance(criterion, type) and issubclass(criterion, Criterion)):
             raise UserError(f"the loss {name!r} must be a class derived from otmix.losses.Criterion")
+        hash_of_definition(criterion)  # now: its file may change before a run records what defined it
         LOSSES[name] = criterion
         LOSS_NAMES.add(name)
         return criterion

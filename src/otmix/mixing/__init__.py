@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from otmix.errors import UserError
+from otmix.extensions import hash_of_definition, is_again
 from otmix.mixing.cutmix import CutMix
 from otmix.mixing.mixup import Mixup
 from otmix.mixing.remix import Remix
@@ -58,9 +59,12 @@ PIXEL_RULES: dict[str, type[Mixer]] = {
     "remix": Remix,
     "unimix": UniMix,
 }
+BUILT_IN = frozenset(PIXEL_RULES)
+"""The names of the library's own."""
 
 # What means something in a method's name without being a pixel rule or a loss; tests hold it equal to otmix.methods.
-RESERVED = frozenset({"balms", "bbn", "cbs", "cmo", "confusion", "drs", "drw", "erm", "otmix", "ride", "srs"})
+PAIRING_NAMES = ("cmo", "otmix", "confusion")
+RESERVED = frozenset({"balms", "bbn", "cbs", "drs", "drw", "erm", "ride", "srs", *PAIRING_NAMES})
 LOSS_NAMES = {"bayias", "ce", "focal", "ib", "lade", "ldam"}
 """Names of losses that a mixer's could be taken for; `register_loss` adds to them."""
 
@@ -69,7 +73,8 @@ _M = TypeVar("_M", bound=type[Mixer])
 
 def register_mixer(name: str) -> Callable[[_M], _M]:
     """Class decorator: make a `Mixer` known under `name` in methods' names (`ce+name`, …). Its attributes `title`,
-    `paper`, `changes` and `disagrees`, where it has them, are what listings say of it.
+    `paper`, `changes` and `disagrees`, where it has them, are what listings say of it. A class that is defined once
+    more, as by a cell of a notebook that is run again, takes the place of the one before.
 
     Raises UserError for a name that is taken, means something else in a method's name or is not made of lower-case
     letters, digits and `_`, and for what is no class or lacks `draw` or `apply`.
@@ -83,13 +88,14 @@ def register_mixer(name: str) -> Callable[[_M], _M]:
         raise UserError(f"{name!r} means something else in a method's name; choose another name for the mixer")
 
     def add(mixer: _M) -> _M:
-        if name in PIXEL_RULES:
-            raise UserError(f"there is already a mixer named {name!r}")
+        if name in BUILT_IN or (name in PIXEL_RULES and not is_again(mixer, PIXEL_RULES[name])):
+            raise UserError(f"there is already a mixer named {name!r}; choose another name")
         if not isinstance(mixer, type):
             raise UserError(f"the mixer {name!r} must be a class with the methods draw and apply")
         missing = [method for method in ("draw", "apply") if not callable(getattr(mixer, method, None))]
         if missing:
             raise UserError(f"the mixer {name!r} needs the methods draw and apply; it lacks {' and '.join(missing)}")
+        hash_of_definition(mixer)  # now: its file may change before a run records what defined it
         PIXEL_RULES[name] = mixer
         return mixer
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from otmix.config import RunConfig
 from otmix.data import ArraySource, ImageDataset
 from otmix.methods import Method, parse_method
+from otmix.mixing import Mixer
 from otmix.protocols import PROTOCOLS, Overrides
 from otmix.training.build import build_run
 from otmix.training.checkpoint import load_checkpoint
@@ -226,6 +227,31 @@ def _mixes(method: Method, folder: Path) -> None:
     either = torch.stack([batch.items.labels for batch in pair], 1)
     known = (labels[:, :, None] == either[:, None, :]).any(2).all()
     _expect(bool(known), "a mix has a label that neither of its images has")
+    _says_how_much_is_background(mixer.mixer, pair, drawn)
+
+
+def _says_how_much_is_background(rule: Mixer, pair: list[Batch], drawn: Any) -> None:
+    """White backgrounds with black foregrounds, and the reverse: where the two add up to white, each pixel is so much
+    of the one and the rest of the other, and the mean is the background's part. Other rules say what they think right.
+    """
+    white, black = (torch.full((BATCH, 3, SIDE, SIDE), value) for value in (1.0, 0.0))
+    mixes = [
+        rule.apply(replace(pair[0], images=one), replace(pair[1], images=other), drawn)
+        for one, other in ((white, black), (black, white))
+    ]
+    if not torch.allclose(mixes[0].images + mixes[1].images, white, atol=1e-3):
+        return
+    found, said = mixes[0].images.mean((1, 2, 3)), mixes[0].image_share
+    _expect(
+        torch.allclose(found, said.to(found.dtype), atol=1e-3),
+        "image_share must be the background's part of each mix (label shares alone may differ from it); it is "
+        f"{_listed(said)}, but of white backgrounds with black foregrounds {_listed(found)} is left",
+    )
+
+
+def _listed(values: Tensor) -> str:
+    """A few numbers, one where all are the same."""
+    return ", ".join(dict.fromkeys(f"{value:.3g}" for value in values.tolist()))
 
 
 def _predicts(method: Method, folder: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
-from otmix.extensions import hash_of, hash_of_definition
+from otmix.extensions import UNKNOWN, hash_of, hash_of_definition
 from otmix.files import read_json, write_json, write_text
 from otmix.losses import LOSSES
 from otmix.methods import parse_method
@@ -110,15 +110,15 @@ def changed_data(run_dir: Path, dataset: ImageDataset) -> list[str]:
 
 INPUTS = {
     "weights": "the file of --weights",
-    "loss": "the file that defines the loss",
-    "mixer": "the file that defines the mixer",
+    "loss": "the code that defines the loss",
+    "mixer": "the code that defines the mixer",
     "confusion_run": "the run of --set.confusion_run",
 }
 
 
 def inputs(config: RunConfig) -> dict[str, str]:
-    """Hashes of what decides a run besides settings and data, as far as it is in files of one's own that are there: by
-    the keys of `INPUTS`. Of imported files only those that define its method.
+    """Hashes of what decides a run besides settings and data, as far as it is one's own and is there: by the keys of
+    `INPUTS`. Of a loss and a mixer what `hash_of_definition` says.
     """
     method = parse_method(config.method)
 
@@ -136,9 +136,12 @@ def inputs(config: RunConfig) -> dict[str, str]:
 
 
 def changed_inputs(run_dir: Path, config: RunConfig) -> str:
-    """Which of `inputs` are others than those of a run, in words, as far as it recorded them."""
+    """Which of `inputs` are others than those of a run, in words, as far as it recorded them and they are known."""
     then = read_json(run_dir / "environment.json").get("inputs", {})
-    return " and ".join(INPUTS[key] for key, value in inputs(config).items() if then.get(key, value) != value)
+    other = [
+        key for key, now in inputs(config).items() if then.get(key, now) != now and UNKNOWN not in (now, then[key])
+    ]
+    return " and ".join(INPUTS[key] for key in other)
 
 
 def write_records(
