@@ -21,7 +21,7 @@ LAYERS = [
     ["errors", "wording", "files", "extensions", "randomness", "devices", "types", "counting", "settings", "protocols"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
-    ["methods", "config"],
+    ["methods", "config", "config_file"],
     ["reports"],
     ["training"],
     ["inference", "experiments"],

@@ -17,13 +17,12 @@ from typing import Any
 
 from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
 from otmix.config import RunConfig
+from otmix.config_file import PLACES, in_type, parse_yaml, read_values
 from otmix.errors import UserError
-from otmix.protocols import Overrides, Protocol
+from otmix.protocols import Overrides
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
 GROUP_OF_SET = "method"
-PLACES = ("root", "out", "weights")
-"""Flags that name a file or folder though their type is a text."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,12 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     arguments, config_name = arguments_of(function), config_parameter(function)
     typed = _sort_out(command, arguments, argv, takes_config=config_name is not None)
     flags: dict[str, str | bool] = {}
+    of_a_run = not typed.files
     for file in typed.files or _implied_files(command, typed.flags):
-        flags |= _read_config(file, arguments)
-    given = flags | typed.flags
-    parts = {key.removeprefix("set."): value for key, value in given.items() if key.count(".") == 2}
-    found = _converted(command, arguments, {key: given[key] for key in given if key.count(".") < 2}, typed.positional)
+        flags |= _read_config(file, arguments, of_a_run)
+    flags |= typed.flags
+    parts = {key.removeprefix("set."): value for key, value in flags.items() if key.count(".") == 2}
+    found = _converted(command, arguments, {key: flags[key] for key in flags if key.count(".") < 2}, typed.positional)
     own = [argument for argument in arguments if argument.group == OWN]
     positional = tuple(found[argument.key] for argument in own if argument.positional)
     named = {argument.key: found[argument.key] for argument in own if not (argument.positional or argument.repeated)}
@@ -144,34 +144,16 @@ def _implied_files(command: str, flags: dict[str, str | bool]) -> list[Path]:
     return [file] if file.is_file() else []
 
 
-def _read_config(file: Path, arguments: Iterable[Argument]) -> dict[str, str | bool]:
+def _read_config(file: Path, arguments: Iterable[Argument], of_a_run: bool) -> dict[str, str | bool]:
     """What a YAML file says of the flags of this command. Raises UserError for settings that no command has."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold settings as `name: value`, one a line")
     settings = {f.name for f in fields(RunConfig)}
     own = {a.key for a in arguments if a.group == OWN and not (a.positional or a.repeated)}
-    _check_keys(file, values, settings | own, "")
-    changed = values.get("set") or {}
-    if not isinstance(changed, dict):
-        raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
-    of_protocol = {f.name for f in fields(Protocol)}
-    _check_keys(file, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], of_protocol, "set.")
+    values = read_values(file, own, of_a_run=of_a_run)
     # a flag of its own that is called like a field of RunConfig is not meant by a run's record
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
-    flat = values | {f"set.{key}": value for key, value in changed.items()}
-    read = {
-        key: _as_typed(file, taken[key], value) for key, value in flat.items() if key in taken and value is not None
-    }
-    return read | {key: str(value) for key, value in flat.items() if key.count(".") == 2}
+    read = {key: in_type(file, key, taken[key].hint, value) for key, value in values.items() if key in taken}
+    found = {key: value if taken[key].switch else str(value) for key, value in read.items()}
+    return found | {key: str(value) for key, value in values.items() if key.count(".") == 2}
 
 
 def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
@@ -181,29 +163,12 @@ def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in parts.items():
         try:
-            values[key] = yaml.safe_load(text) if isinstance(text, str) else text
+            values[key] = parse_yaml(text) if isinstance(text, str) else text
         except (yaml.YAMLError, ValueError):
             raise UserError(
                 f"--set.{key} must be a plain value, it is {text}; give a number, a name, true or false"
             ) from None
     return values
-
-
-def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:
-    """A value of a file as it would be on the command line."""
-    if argument.switch and not isinstance(value, bool):
-        raise UserError(f"`{argument.key}` in {file} must be true or false, it is {value!r}")
-    if argument.bare is str and not isinstance(value, str):
-        raise UserError(f"`{argument.key}` in {file} must be a text, it is {value}; put it in quotes")
-    return value if argument.switch else str(value)
-
-
-def _check_keys(file: Path, values: Iterable[Any], known: set[str], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{close[0]}?" if close else "`otmix train --print_config` shows all there are"
-            raise UserError(f"{file} sets {prefix}{key}, which does not exist; {hint}")
 
 
 def _converted(
@@ -226,6 +191,8 @@ def _converted(
             parser.add_argument(argument.option, dest=argument.key, type=argument.hint, default=argument.default)
         if argument.key in flags:
             value = flags[argument.key]
+            if argument.bare in (int, float) and ":" in str(value):  # jsonargparse takes 1:30 for 90, as YAML does
+                raise UserError(_wrong_value(argument, str(value)))
             no = f"--no-{argument.option[2:]}"
             words.append(f"{argument.option}={value}" if isinstance(value, str) else argument.option if value else no)
     try:
