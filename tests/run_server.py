@@ -165,6 +165,7 @@ def listen(bomb: Bomb, pictures: bool) -> None:
 
 def child(job: Job) -> None:
     from otmix.config import RunConfig
+    from otmix.errors import UserError
     from otmix.training import train
 
     bomb = Bomb(job)
@@ -176,9 +177,10 @@ def child(job: Job) -> None:
         train(RunConfig.from_dict(job.config))
         outcome = Outcome("done", steps=bomb.seen["step"])
     except BaseException as error:
-        unexpected = type(error).__name__ not in ("UserError", "Interrupted", "KeyboardInterrupt")
+        kind = "UserError" if isinstance(error, UserError) else type(error).__name__
+        unexpected = kind not in ("UserError", "Interrupted", "KeyboardInterrupt")
         text = traceback.format_exc() if unexpected else str(error)
-        outcome = Outcome(type(error).__name__, text, bomb.seen["step"])
+        outcome = Outcome(kind, text, bomb.seen["step"])
     sys.setprofile(None)
     Path(job.answer).write_text(json.dumps(asdict(outcome)))
 

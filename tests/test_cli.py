@@ -107,6 +107,7 @@ CONFIGS = st.fixed_dictionaries(
     }
     | {"imbalance": st.none() | st.floats(1, 1e4), "warmup": st.floats(0, 0.99), "test_fraction": st.floats(0.01, 0.99)}
     | {"many_above": st.integers(100, 200), "few_below": st.integers(4, 100)}
+    | {"image_size": st.none() | st.integers(4, 2**14), "workers": st.integers(0, 512), "devices": st.integers(1, 1024)}
 )
 
 
@@ -350,12 +351,12 @@ BAD_FILES = {
     "key like nothing": ("zzzz: 3", "`otmix train --print_config` shows all there are"),
     "setting misspelt": ("set: {alhpa: 3}", "sets set.alhpa, which does not exist; did you mean set.alpha?"),
     "no settings": ("set: 3", "`set` in"),
-    "no whole number": ("epochs: many", "--epochs must be a whole number, it is many"),
+    "no whole number": ("epochs: many", "must be a whole number, it is many"),
     "number for a text": ("root: 3", "must be a text, it is 3; put it in quotes"),
     "text for a truth": ("resume: 'yes'", "`resume` in"),
     "a list": ("- epochs", "must hold settings"),
     "no YAML": ("epochs: [", "is not YAML"),
-    "a date": ("epochs: 2020-01-01", "--epochs must be a whole number"),
+    "a date": ("epochs: 2020-01-01", "must be a whole number, it is 2020-01-01"),
     "a number as key": ("3: 4", "sets 3, which does not exist"),
 }
 

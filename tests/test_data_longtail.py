@@ -121,6 +121,10 @@ def test_subsets_never_overlap_or_empty_a_class(
 ) -> None:
     labels = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    if held and max(sizes) == 1:  # there is nothing to hold out
+        with pytest.raises(UserError, match="finds no class with two training images"):
+            choose_subset(labels, len(sizes), imbalance, max_per_class, held, seed)
+        return
     train, validation = choose_subset(labels, len(sizes), imbalance, max_per_class, held, seed)
     counts = torch.bincount(labels[train], minlength=len(sizes))
     assert len(set(train.tolist())) == len(train)

@@ -803,7 +803,7 @@ def test_runs_from_other_weights_are_other_units(tmp_path: Path) -> None:
     begun = [None, {"weights": "aa"}, {"weights": "bb"}, {}]
     for i, held in enumerate(begun):
         config = replace(BASE, method="erm", weights=None if held is None else "w.pt", out=str(tmp_path / f"run{i}"))
-        write_unit(finish_run(config, 0.25, environment={"inputs": held}), tmp_path)
+        write_unit(finish_run(config, 0.25, environment={"inputs": held or {}}), tmp_path)
     units = read_units(tmp_path)
     assert {unit["config"].get("weights") for unit in units} == {None, "aa", "bb", "unknown"}
     table = results_table(units)

@@ -22,7 +22,7 @@ LAYERS = [
     ["extensions", "randomness", "devices", "types", "counting", "settings", "protocols", "datanames"],
     ["transport", "sampling", "mixing", "losses", "models", "data"],
     ["costs", "confusion", "pairing", "mixer", "own_loop", "evaluation"],
-    ["methods", "config"],
+    ["methods", "config", "config_file"],
     ["reports"],
     ["training"],
     ["inference", "experiments"],

@@ -90,9 +90,9 @@ def test_it_ends_with_the_process_that_began_it() -> None:
 import time
 from otmix.interrupts import end_with_parent, interruptible
 with interruptible():
-    end_with_parent()
-    print("begun", flush=True)
     try:
+        end_with_parent()
+        print("begun", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("saved", flush=True)

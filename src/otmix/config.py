@@ -17,6 +17,24 @@ from otmix.protocols import Overrides, Protocol, ProtocolName
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
+LARGEST = 2**31 - 1
+"""Of whole numbers that have no bound of their own: what is computed from them still fits into 64 bits."""
+
+RANGES = {
+    "epochs": (1, LARGEST),
+    "batch_size": (1, LARGEST),
+    "evaluate_every": (1, LARGEST),
+    "devices": (1, 1024),  # Lightning makes a list of them
+    "num_nodes": (1, LARGEST),
+    "workers": (0, 512),  # of which each takes some 100 MB
+    "max_per_class": (1, LARGEST),
+    "validation_per_class": (0, LARGEST),
+    "image_size": (4, 2**14),
+    "many_above": (0, LARGEST),
+    "few_below": (0, LARGEST),
+}
+"""The least and the largest value of the settings that are whole numbers."""
+
 ADDED = {"many_above": 100, "few_below": 20}
 """Settings that older runs do not know, with the values these had: they keep their names."""
 
@@ -130,23 +148,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, it is {value}")
-        at_least = {
-            "epochs": 1,
-            "batch_size": 1,
-            "evaluate_every": 1,
-            "devices": 1,
-            "num_nodes": 1,
-            "workers": 0,
-            "max_per_class": 1,
-            "validation_per_class": 0,
-            "image_size": 4,
-            "many_above": 0,
-            "few_below": 0,
-        }
-        for name, low in at_least.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, it is {value}")
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low}" if value < low else f"at most {high}"
+                raise UserError(f"--{name.replace('_', '-')} must be {bound}, it is {value}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, it is {self.seed}")
         if self.few_below > self.many_above + 1:

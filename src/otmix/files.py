@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_origin
 
 from otmix.errors import UserError
 
@@ -99,5 +99,46 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} the directory of an otmix run?") from None
-    except ValueError:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; restore it, or repeat the run") from None
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not readable as JSON; was it edited? restore it, or repeat the run") from None
+
+
+def read_object(path: Path, needed: Mapping[str, Any] = {}, optional: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """A JSON object that has what is `needed`, by key, and what is `optional` in its type where it is there.
+
+    A type is a class, `list[class]`, or a mapping as `needed` for an object in it. Raises UserError where the file is
+    missing, not JSON, or not such an object.
+    """
+    value = read_json(path)
+    wrong = "it must hold a JSON object" if not isinstance(value, dict) else _what_is_wrong(value, needed, optional)
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong}; restore it, or repeat the run")
+    found: dict[str, Any] = value
+    return found
+
+
+def _what_is_wrong(value: dict[str, Any], needed: Mapping[str, Any], optional: Mapping[str, Any], at: str = "") -> str:
+    """The first thing in words; "" where nothing is."""
+    if missing := [f"{at}{key}" for key in needed if key not in value]:
+        return f"it lacks {', '.join(missing)}"
+    for key, kind in {**optional, **needed}.items():
+        if key not in value:
+            continue
+        if isinstance(kind, Mapping) and isinstance(value[key], dict):
+            if wrong := _what_is_wrong(value[key], kind, {}, f"{at}{key}."):
+                return wrong
+        elif isinstance(kind, Mapping) or not _is_a(value[key], kind):
+            return f"its {at}{key} is not what otmix writes there"
+    return ""
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """JSON knows no difference between 1 and 1.0, but one between true and 1; whole numbers must fit into 64 bits."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(one, get_args(kind)[0]) for one in value)
+    if kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (kind is float and isinstance(value, float))
+    return isinstance(value, kind)

@@ -57,9 +57,12 @@ class Setting:
                 return text
             if kind in (int, float) and not isinstance(value, bool):
                 try:
-                    return int(text) if kind is int else float(text)
+                    number = int(text) if kind is int else float(text)
                 except ValueError:
                     continue
+                if kind is int and abs(number) >= 2**63:  # which no tensor holds
+                    raise UserError(f"{shown or self.name} must be a whole number below 2^63, it is {value}")
+                return number
         raise UserError(f"{shown or self.name} must be {self.describe()}, it is {value}")
 
     def describe(self) -> str:

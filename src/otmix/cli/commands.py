@@ -143,7 +143,8 @@ def evaluate(
     Args:
         run: the run's directory.
         split: the images to look at.
-        json: everything that was measured, per class too, as JSON.
+        json: everything that was measured, per class too, as JSON; numbers of classes are in the order of
+            `class_names`.
         accelerator: where to compute.
         root: where the data is now, if it has moved.
         imports: Python file to load first, with the run's own loss or mixer; may be given several times.
@@ -154,17 +155,17 @@ def evaluate(
     """
     import_files(imports)
     from otmix.display import print_table, reporter_on_stderr, stdout_console
-    from otmix.files import read_json
     from otmix.inference import evaluate_run
     from otmix.reports.tables import result_table
+    from otmix.training.records import read_data, read_result
 
     with reporter_on_stderr() as reporter:
         found = evaluate_run(run, split, accelerator, root, reporter)
     if json:
-        sys.stdout.write(json_module.dumps(found, ensure_ascii=False) + "\n")
+        named = {"class_names": read_data(run)["class_names"]}
+        sys.stdout.write(json_module.dumps(found | named, ensure_ascii=False) + "\n")
     else:
-        result = read_json(run / "result.json")
-        print_table(stdout_console(), result_table({**result, "split": split, "evaluation": found}))
+        print_table(stdout_console(), result_table({**read_result(run), "split": split, "evaluation": found}))
     return 0
 
 

@@ -17,15 +17,14 @@ from typing import Any
 
 from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
 from otmix.config import ADDED, RunConfig
+from otmix.config_file import PLACES, in_type, parse_yaml, read_values
 from otmix.errors import UserError
-from otmix.protocols import Overrides, Protocol
+from otmix.protocols import Overrides
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
 METHODS, IMPORT = "methods", "import"
 """What of a file is a list of texts: what `otmix compare` compares, and the files of `--import`."""
 GROUP_OF_SET = "method"
-PLACES = ("root", "out", "weights")
-"""Flags that name a file or folder though their type is a text."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
     typed = _sort_out(command, arguments, argv, takes_config=config_name is not None)
     flags: dict[str, str | bool] = {}
     imports, methods = list[str](), list[str]()
+    of_a_run = not typed.files
     for file in typed.files or _implied_files(command, typed.flags):
-        read, lists = _read_config(file, command, arguments)
+        read, lists = _read_config(file, command, arguments, of_a_run)
         flags |= read
         imports += lists.get(IMPORT, [])
         methods = lists.get(METHODS, methods)
@@ -63,10 +63,10 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
         typed.positional = typed.positional or methods
     if any(a.key == "imports" for a in arguments):
         typed.repeated["imports"] = [*dict.fromkeys(imports + typed.repeated.get("imports", []))]
-    given = flags | typed.flags
-    parts = {key.removeprefix("set."): value for key, value in given.items() if key.count(".") == 2}
-    flags = {key: given[key] for key in given if key.count(".") < 2}
-    found = _converted(command, arguments, flags, typed.positional, needs_all=not typed.print_config)
+    flags |= typed.flags
+    parts = {key.removeprefix("set."): value for key, value in flags.items() if key.count(".") == 2}
+    plain = {key: flags[key] for key in flags if key.count(".") < 2}
+    found = _converted(command, arguments, plain, typed.positional, needs_all=not typed.print_config)
     own = [argument for argument in arguments if argument.group == OWN]
     positional = tuple(found[argument.key] for argument in own if argument.positional)
     named = {argument.key: found[argument.key] for argument in own if not (argument.positional or argument.repeated)}
@@ -158,51 +158,34 @@ def _implied_files(command: str, flags: dict[str, str | bool]) -> list[Path]:
 
 
 def _read_config(
-    file: Path, command: str, arguments: Sequence[Argument]
+    file: Path, command: str, arguments: Sequence[Argument], of_a_run: bool
 ) -> tuple[dict[str, str | bool], dict[str, list[str]]]:
     """What a YAML file says of the flags of this command, and its lists: `METHODS` and `IMPORT`. Raises UserError for
     settings that no command has.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold settings as `name: value`, one a line")
     settings = {f.name for f in fields(RunConfig)}
     own = {a.key for a in arguments if a.group == OWN and not (a.positional or a.repeated)}
     takes_methods = any(a.key == METHODS for a in arguments)
     known_lists = {METHODS, IMPORT} if takes_methods else {IMPORT}
+    everything = read_values(file, own | known_lists, command=command, of_a_run=of_a_run)
+    values = {key: value for key, value in everything.items() if value is not None}
     lists = {key: _texts(file, key, values.pop(key)) for key in known_lists & values.keys()}
     # the record of a run has one, which is not meant here
-    if takes_methods and "method" in values and settings - values.keys() - ADDED.keys():
+    if takes_methods and "method" in values and settings - everything.keys() - {"set", *ADDED}:
         raise UserError(
             f"`method` in {file} names a single one; `otmix {command}` takes several: write `methods: [erm, otmix]` in "
             "the file, or name them on the command line alone"
         )
-    _check_keys(file, command, values, settings | own | known_lists, "")
-    changed = values.get("set") or {}
-    if not isinstance(changed, dict):
-        raise UserError(f"`set` in {file} must hold settings of the protocol, e.g. `set: {{alpha: 1}}`")
-    of_protocol = {f.name for f in fields(Protocol)}
-    _check_keys(file, command, [key for key in changed if not re.fullmatch(r"\w+\.\w+", str(key))], of_protocol, "set.")
     # a flag of its own that is called like a field of RunConfig is not meant by a run's record
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
-    flat = values | {f"set.{key}": value for key, value in changed.items()}
-    read = {
-        key: _as_typed(file, taken[key], value) for key, value in flat.items() if key in taken and value is not None
-    }
-    return read | {key: str(value) for key, value in flat.items() if key.count(".") == 2}, lists
+    read = {key: in_type(file, key, taken[key].hint, value) for key, value in values.items() if key in taken}
+    found = {key: value if taken[key].switch else str(value) for key, value in read.items()}
+    return found | {key: str(value) for key, value in values.items() if key.count(".") == 2}, lists
 
 
 def _texts(file: Path, key: str, value: Any) -> list[str]:
     """A list of texts, or one of them alone."""
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         example = {METHODS: "erm, otmix", IMPORT: "mine.py"}[key]
         raise UserError(f"`{key}` in {file} must be a list of texts, it is {value}; write e.g. `{key}: [{example}]`")
@@ -216,30 +199,12 @@ def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in parts.items():
         try:
-            values[key] = yaml.safe_load(text) if isinstance(text, str) else text
+            values[key] = parse_yaml(text) if isinstance(text, str) else text
         except (yaml.YAMLError, ValueError):
             raise UserError(
                 f"--set.{key} must be a plain value, it is {text}; give a number, a name, true or false"
             ) from None
     return values
-
-
-def _as_typed(file: Path, argument: Argument, value: Any) -> str | bool:
-    """A value of a file as it would be on the command line."""
-    if argument.switch and not isinstance(value, bool):
-        raise UserError(f"`{argument.key}` in {file} must be true or false, it is {value!r}")
-    if argument.bare is str and not isinstance(value, str):
-        raise UserError(f"`{argument.key}` in {file} must be a text, it is {value}; put it in quotes")
-    return value if argument.switch else str(value)
-
-
-def _check_keys(file: Path, command: str, values: Iterable[Any], known: set[str], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1, cutoff=0.5)
-            shown = f"`otmix {command} {PRINT_CONFIG}` shows all there are"
-            hint = f"did you mean {prefix}{close[0]}?" if close else shown
-            raise UserError(f"{file} sets {prefix}{key}, which does not exist; {hint}")
 
 
 def _converted(
@@ -266,6 +231,8 @@ def _converted(
             parser.add_argument(argument.option, dest=argument.key, type=argument.hint, default=argument.default)
         if argument.key in flags:
             value = flags[argument.key]
+            if argument.bare in (int, float) and ":" in str(value):  # jsonargparse takes 1:30 for 90, as YAML does
+                raise UserError(_wrong_value(argument, str(value)))
             no = f"--no-{argument.option[2:]}"
             words.append(f"{argument.option}={value}" if isinstance(value, str) else argument.option if value else no)
     try:

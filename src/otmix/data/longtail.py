@@ -26,7 +26,8 @@ def long_tail_counts(n_max: int, imbalance: float, num_classes: int) -> list[int
 def largest_head(available: Tensor, imbalance: float) -> int:
     """The largest n_max whose long tail of this imbalance fits into `available [K]` images per class."""
     shares = _shares(imbalance, len(available))
-    return min(math.floor(int(have) / share + 1e-9) for have, share in zip(available, shares))
+    # the least first: with a ratio that no data has, the others are beyond every number
+    return math.floor(min(int(have) / share for have, share in zip(available, shares)) + 1e-9)
 
 
 def _shares(imbalance: float, num_classes: int) -> list[float]:

@@ -19,18 +19,19 @@ from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
 from otmix.experiments.summary import Comparison, Outcome, summarise
 from otmix.extensions import UNKNOWN, hash_of_definition, import_files
-from otmix.files import make_folder_of, read_json
+from otmix.files import make_folder_of
 from otmix.losses import BUILT_IN as BUILT_IN_LOSSES
 from otmix.losses import LOSSES
 from otmix.methods import Method, check_settings, parse_method
 from otmix.mixing import BUILT_IN as BUILT_IN_MIXERS
 from otmix.mixing import PIXEL_RULES
 from otmix.training.launch import cores
-from otmix.training.records import changed_data, changed_inputs, read_config, read_settings, runs_folder
+from otmix.training.records import changed_data, changed_inputs, read_config, read_result, read_settings, runs_folder
 from otmix.training.reporter import Reporter, Silent
 from otmix.training.setup import load_data
 from otmix.wording import counted
 
+MOST_SEEDS = 1000
 JOBS_A_CORE = 4
 """More would only take memory; on a CPU more than one does."""
 
@@ -106,6 +107,8 @@ def _checked(base: RunConfig, methods: Sequence[str], seeds: int, jobs: int) -> 
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, it is {value}")
+    if seeds > MOST_SEEDS:
+        raise UserError(f"--seeds {seeds} are more than anybody can train; give at most {MOST_SEEDS}")
     if jobs > JOBS_A_CORE * cores():
         raise UserError(
             f"--jobs {jobs} is too many for {counted(cores(), 'core')}; give at most {JOBS_A_CORE * cores()}"
@@ -193,7 +196,7 @@ def _reused(method: str, seed: int, config: RunConfig, dataset: ImageDataset | N
             f"{files} no longer holds what {run_dir} was trained with; move that run away, or name another folder "
             "with --runs"
         )
-    return Outcome(method, seed, run_dir, "reused", read_json(run_dir / "result.json"))
+    return Outcome(method, seed, run_dir, "reused", read_result(run_dir))
 
 
 def _train_missing(
@@ -212,7 +215,7 @@ def _train_missing(
         ended += 1
         key, run_dir = (config.method, config.seed), _run_dir(config)
         if error is None and training.is_finished(run_dir):
-            outcomes[key] = Outcome(*key, run_dir, "trained", read_json(run_dir / "result.json"))
+            outcomes[key] = Outcome(*key, run_dir, "trained", read_result(run_dir))
         else:
             outcomes[key] = Outcome(*key, run_dir, "failed", error=error or f"{run_dir} has no result.json")
         reporter.message(f"[{ended}/{total}, {_duration(time.monotonic() - began)}] {_in_words(outcomes[key])}")

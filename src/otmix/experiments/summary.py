@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from otmix.config import RunConfig
 from otmix.experiments.differences import SEEDS_FOR_A_TEST, PairedDifference, paired_difference
-from otmix.files import read_json, write_json, write_text
+from otmix.files import write_json, write_text
 from otmix.methods import Method
 from otmix.reports.statistics import mean_std, seed_values
+from otmix.training.records import read_data
 from otmix.types import SHOT_GROUPS
 
 _ABOUT = ("method", "title", "protocol", "looks_at_test", "split", "seeds", "n_seeds")
@@ -190,5 +191,5 @@ def _notes(
 def _with_other_images(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Runs that were not trained and measured on the images of the first: these are the same for all seeds."""
     done = [outcome for outcome in outcomes if outcome.status != "failed"]
-    splits = [read_json(outcome.run_dir / "data.json")["splits"] for outcome in done]
+    splits = [read_data(outcome.run_dir)["splits"] for outcome in done]
     return [outcome for outcome, seen in zip(done, splits) if seen != splits[0]]

@@ -24,11 +24,11 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.experiments.unit_picture import results_picture
 from otmix.experiments.unit_tables import results_table
-from otmix.files import read_json, write_text
+from otmix.files import read_json, read_object, write_text
 from otmix.protocols import Overrides
 from otmix.reports.figures import save
 from otmix.training import is_finished
-from otmix.training.records import read_config, read_settings
+from otmix.training.records import read_config, read_data, read_environment, read_result, read_settings
 from otmix.training.setup import effective_settings
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -59,7 +59,8 @@ def write_unit(run_dir: Path, results_dir: Path, *, data_title: str | None = Non
     setting = "-".join([*parts, f"{config['epochs']}ep", config["protocol"], unit["setting_hash"]])
     folder = results_dir / "units" / _slug(unit["data"]["title"]) / _slug(setting)
     path = folder / f"{_slug(unit['method'])}-{_digest(unit['settings'], 6)}-seed{unit['seed']}.json"
-    there, here = read_json(path)["data"]["hash"] if path.exists() else None, unit["data"]["hash"]
+    there = read_object(path, {"data": {"hash": str}})["data"]["hash"] if path.exists() else None
+    here = unit["data"]["hash"]
     if there not in (None, here):
         raise UserError(
             f"{path} holds a run on other images than {run_dir} (data {there} there, {here} here); give its data "
@@ -81,7 +82,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         raise UserError(
             f"the run {run_dir} is not finished, so it has no result to keep; finish it with --resume first"
         )
-    result, data, environment = (read_json(run_dir / f"{name}.json") for name in ("result", "data", "environment"))
+    result, data, environment = read_result(run_dir), read_data(run_dir), read_environment(run_dir, whole=True)
     title = data_title or _data_title(config, data)
     settings = read_settings(run_dir)
     if (teacher := settings.get("confusion_run")) is not None:

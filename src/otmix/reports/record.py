@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otmix.errors import UserError
-from otmix.files import read_json
+from otmix.files import read_object
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,8 @@ def read_run(run_dir: Path) -> RunRecord:
         raise UserError(
             f"{config_path} is not YAML ({' '.join(str(error).split())}); restore it from the run's backup"
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path} must hold the settings of a run; the run directory is damaged")
     data = _object(run_dir / "data.json")
     accuracy = list(result["evaluation"].get("per_class_accuracy") or [])
     confusion = result["evaluation"].get("confusion")
@@ -119,10 +121,7 @@ def _dense(path: Path, triples: list[list[int]], num_classes: int) -> NDArray[np
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object; the run directory is damaged")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -137,6 +136,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
                 raise UserError(
                     f"{path}, line {number}, is not JSON ({error}); the run directory is damaged"
                 ) from error
+            if not isinstance(lines[-1], dict):
+                raise UserError(f"{path}, line {number}, is no JSON object; the run directory is damaged")
     return lines
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from otmix.data import items_of
-from otmix.files import read_json, write_atomic, write_json
+from otmix.files import write_atomic, write_json
 from otmix.reports.page import write_page
 from otmix.training.loop import RunState, best_path
 from otmix.training.pictures import draw_pictures
 from otmix.training.processes import summed
-from otmix.training.records import environment
+from otmix.training.records import environment, read_environment
 from otmix.training.setup import Plan, split_of
 from otmix.training.watching import evaluate, save_weights
 
@@ -40,7 +40,7 @@ def finish(run: RunState, plan: Plan) -> None:
     _save_arrays(run, items.labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
-    saw = read_json(run.run_dir / "environment.json").get("looks_at_test")  # runs of before have not noted it
+    saw = read_environment(run.run_dir).get("looks_at_test")  # runs of before have not noted it
     result = {
         "method": method.name,
         "title": method.title,

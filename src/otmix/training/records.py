@@ -10,19 +10,67 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 
 from otmix.config import RunConfig
+from otmix.config_file import of_another_version, read_record
 from otmix.data import ImageDataset
 from otmix.errors import UserError
 from otmix.extensions import UNKNOWN, hash_of, hash_of_definition
-from otmix.files import read_json, write_json, write_text
+from otmix.files import read_object, write_json, write_text
 from otmix.losses import LOSSES
-from otmix.methods import parse_method
+from otmix.methods import Method, parse_method
 from otmix.mixing import PIXEL_RULES
+from otmix.protocols import Overrides, Protocol
+from otmix.settings import Setting
+from otmix.wording import counted
+
+PART_GROUPS = ("loss", "mixer", "model", "rebalancing")
+"""What stands before the dot in the settings of a method's parts."""
+
+DATA: dict[str, Any] = {"name": str, "class_names": list[str], "counts": list[int], "splits": dict}
+OF_MODEL: dict[str, Any] = {
+    "image_size": int,
+    "channels": int,
+    "small": bool,
+    "mean": list[float],
+    "std": list[float],
+}
+"""What is needed of data.json, and of that for a model."""
+
+RESULT: dict[str, Any] = {
+    "method": str,
+    "title": str,
+    "protocol": str,
+    "split": str,
+    "seed": int,
+    "looks_at_test": bool,
+    "seconds_per_epoch": float,
+    "evaluation": {
+        "n": int,
+        "top1_error": float,
+        "balanced_accuracy": float,
+        "per_class_accuracy": list,
+        "group_error": dict,
+        "calibration_error": float,
+        "negative_log_likelihood": float,
+    },
+}
+"""What is needed of result.json."""
+
+ENVIRONMENT: dict[str, Any] = {
+    "python": str,
+    "system": str,
+    "device": str,
+    "threads": int,
+    "packages": dict,
+    "commit": (str, NoneType),
+}
+"""What is needed of environment.json by who keeps it."""
 
 COMMAND = "OTMIX_COMMAND"
 """Environment variable by which a comparison tells its processes the command to record."""
@@ -104,7 +152,7 @@ def changed_data(run_dir: Path, dataset: ImageDataset) -> list[str]:
     """What of the data is no longer as in the record of a run. Where they are may change, and what their folder is
     called: the hashes of their splits say whether they are the same.
     """
-    then, now = read_json(run_dir / "data.json"), data_record(dataset)
+    then, now = read_data(run_dir), data_record(dataset)
     return [key for key in now if key not in ("notes", "left_out", "name") and now[key] != then.get(key)]
 
 
@@ -137,7 +185,7 @@ def inputs(config: RunConfig) -> dict[str, str]:
 
 def changed_inputs(run_dir: Path, config: RunConfig) -> str:
     """Which of `inputs` are others than those of a run, in words, as far as it recorded them and they are known."""
-    then = read_json(run_dir / "environment.json").get("inputs", {})
+    then = read_environment(run_dir).get("inputs", {})
     other = [
         key for key, now in inputs(config).items() if then.get(key, now) != now and UNKNOWN not in (now, then[key])
     ]
@@ -185,21 +233,66 @@ def read_config(run_dir: Path) -> RunConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not the directory of an otmix run: it has no config.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged; a run's config.yaml must hold its settings")
-    return RunConfig.from_dict(values)
+    return read_record(path)
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
-    """Every setting of the method of a run at the value it runs with. Raises UserError where they are missing."""
-    values = read_json(run_dir / "settings.json")
-    if not isinstance(values, dict):
-        raise UserError(f"{run_dir / 'settings.json'} is damaged; it must hold the settings of the run's method")
+    """Every setting of the method of a run at the value it runs with. Raises UserError where they are missing or not
+    those of this version.
+    """
+    path = run_dir / "settings.json"
+    values = read_object(path, {"headline": str})  # which every method has
+    known = get_type_hints(Protocol)
+    for key, value in values.items():
+        if key in known:
+            _in_type(path, key, Setting(key, known[key], None, ""), value)
+        elif key.partition(".")[0] not in PART_GROUPS or "." not in key:
+            raise of_another_version(path, key)
     return values
+
+
+def read_settings_of(run_dir: Path, method: Method) -> Overrides:
+    """`read_settings`, those of the method's parts checked too."""
+    values, known, path = read_settings(run_dir), method.part_settings, run_dir / "settings.json"
+    for key, value in values.items():
+        if key in known:
+            _in_type(path, key, known[key], value)
+        elif "." in key:
+            raise of_another_version(path, key)
+    return Overrides.from_dict(values)
+
+
+def _in_type(path: Path, key: str, setting: Setting, value: object) -> None:
+    try:
+        setting.convert(value, f"its {key}")
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}; restore it, or repeat the run") from None
+
+
+def read_data(run_dir: Path, of_model: bool = False) -> dict[str, Any]:
+    """data.json of a run; `of_model`: with what a model of its data needs to be rebuilt. Raises UserError where it is
+    missing or damaged.
+    """
+    path = run_dir / "data.json"
+    data = read_object(path, DATA | (OF_MODEL if of_model else {}))
+    if len(data["counts"]) != len(data["class_names"]):
+        raise UserError(
+            f"{path} is damaged: it has {counted(len(data['counts']), 'count')} of images for "
+            f"{counted(len(data['class_names']), 'name')} of classes; restore it, or repeat the run"
+        )
+    return data
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """result.json of a finished run. Raises UserError where it is missing or damaged."""
+    return read_object(run_dir / "result.json", RESULT)
+
+
+def read_environment(run_dir: Path, whole: bool = False) -> dict[str, Any]:
+    """environment.json of a run; `whole`: with all that even the oldest ones noted. Raises UserError where it is
+    missing or damaged.
+    """
+    return read_object(run_dir / "environment.json", ENVIRONMENT if whole else {}, {"inputs": dict})
 
 
 def runs_folder() -> Path:

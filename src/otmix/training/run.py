@@ -14,7 +14,7 @@ import torch
 from otmix.config import RunConfig
 from otmix.data import ImageDataset, dead_reader, require_readable
 from otmix.errors import UserError
-from otmix.files import read_json, remove_temporaries
+from otmix.files import remove_temporaries
 from otmix.methods import check_settings, parse_method
 from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
@@ -23,7 +23,15 @@ from otmix.training.checkpoint import load_checkpoint
 from otmix.training.launch import make_fabric, started_outside, threads_for, train_beside_others, train_in_processes
 from otmix.training.loop import RunState, checkpoint_path, fit, restore
 from otmix.training.outcome import finish
-from otmix.training.records import changed_data, changed_inputs, read_config, read_settings, record_root, write_records
+from otmix.training.records import (
+    changed_data,
+    changed_inputs,
+    read_config,
+    read_result,
+    read_settings,
+    record_root,
+    write_records,
+)
 from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
@@ -149,6 +157,8 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
                 "bf16-mixed"
             ) from error
         except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):  # which has no exception of its own
+                raise UserError("the memory does not suffice; choose a smaller --batch-size or --image-size") from error
             if (told := dead_reader(error)) is None:
                 raise
             raise told from error
@@ -173,10 +183,11 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
         if main:
             record_root(run_dir, plan.config.root)
         if is_finished(run_dir) and (run_dir / "model.safetensors").exists():
+            result = read_result(run_dir)
             if main and not (run_dir / "report.html").exists():  # stopped between the result and its page
                 write_page(run_dir)
             reporter.message(f"{run_dir} is finished already")
-            reporter.finish(read_json(run_dir / "result.json"), run_dir)
+            reporter.finish(result, run_dir)
             return run_dir
     elif main:
         if plan.config.on_bad_image == "error":  # with "skip" all have been read; now, not when training is over

@@ -10,13 +10,11 @@ import torch
 
 from otmix.config import RunConfig, default_run_dir
 from otmix.errors import UserError
-from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import parse_method
 from otmix.methods.building import architecture_of, build_criterion
 from otmix.models import Classifier, build_model
-from otmix.protocols import Overrides
-from otmix.training.records import read_config, read_settings, runs_folder
+from otmix.training.records import read_config, read_data, read_result, read_settings_of, runs_folder
 from otmix.types import ClassCounts
 
 
@@ -94,7 +92,7 @@ def open_run(run_dir: Path) -> Run:
             f"the run {run_dir} is not finished; go on with `otmix train --config {run_dir / 'config.yaml'} --out "
             f"{run_dir} --resume`"
         )
-    data, result = read_json(run_dir / "data.json"), read_json(run_dir / "result.json")
+    data, result = read_data(run_dir, of_model=True), read_result(run_dir)
     counts = ClassCounts(torch.tensor(data["counts"]))
     try:
         method = parse_method(config.method)
@@ -103,7 +101,7 @@ def open_run(run_dir: Path) -> Run:
             f"{run_dir} was trained with {config.method}, of which a part is not known here; add --import FILE, the "
             "file that registers it"
         ) from error
-    filled = Overrides.from_dict(read_settings(run_dir))
+    filled = read_settings_of(run_dir, method)
     criterion = build_criterion(method, counts, filled)
     assert config.backbone is not None  # a recorded configuration is filled in
     model = build_model(

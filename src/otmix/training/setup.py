@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from otmix.config import RunConfig, with_defaults
 from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset, open_store
 from otmix.errors import UserError
-from otmix.files import read_json
+from otmix.files import read_object
 from otmix.losses import Criterion
 from otmix.methods import Method, check_read, parse_method
 from otmix.methods.building import architecture_of, build_criterion
@@ -21,6 +21,7 @@ from otmix.models import Classifier, build_model, default_backbone, embed, list_
 from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
 from otmix.training.confusion_source import ConfusionSource, confusion_origin
+from otmix.training.records import read_data
 from otmix.training.schedules import Schedule
 from otmix.training.stage import OptimizerSettings, Stage, StepItems
 from otmix.training.stages import build_stages
@@ -52,7 +53,7 @@ class Plan:
             return protocol.headline == "best-on-test"
         teacher = protocol.confusion_run
         return protocol.looks_at_test or (
-            teacher is not None and bool(read_json(Path(teacher) / "result.json").get("looks_at_test"))
+            teacher is not None and bool(read_object(Path(teacher) / "result.json").get("looks_at_test"))
         )
 
     def store(self, split: str, fabric: Fabric, progress: Callable[[int, int], None] | None = None) -> ImageStore:
@@ -178,7 +179,7 @@ def _check_fixed(run_dir: Path, dataset: ImageDataset) -> None:
     """Raises UserError where F cannot come from `run_dir`: here, before anything is written."""
     if not (run_dir / "result.json").is_file():
         raise UserError(f"--set.confusion_run must name the folder of a finished run; {run_dir} is none")
-    data = read_json(run_dir / "data.json")
+    data = read_data(run_dir)
     known = tuple(data.get(key) for key in ("class_names", "image_size", "channels"))
     if known != (list(dataset.class_names), dataset.image_size, dataset.channels):
         raise UserError(
