@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -651,3 +651,34 @@ def test_defaults_depend_on_the_data() -> None:
         RunConfig(data="folder", pretrained=False, lr=0.5), small=False, backbone="timm/resnet18", image_size=224
     )
     assert (scratch.epochs, scratch.lr) == (100, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 2.5}, r"epochs must be a whole number, it is 2\.5"),
+        ({"epochs": True}, "epochs must be a whole number, it is True"),
+        ({"batch_size": 32.0}, "batch_size must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"nesterov": "no"}, "nesterov must be True or False, it is 'no'"),
+        ({"compile": 1}, "compile must be True or False"),
+        ({"lr": "0.1"}, "lr must be a number, it is '0.1'"),
+        ({"imbalance": "20"}, "imbalance must be a number"),
+        ({"method": 5}, "method must be a text, it is 5"),
+        ({"set": {"alfa": 2}}, "there is no setting alfa; did you mean alpha"),
+        ({"set": {"loss": {"tau": [1]}}}, None),
+    ],
+)
+def test_values_of_another_type_are_refused_from_python(settings: dict[str, Any], message: str | None) -> None:
+    if message is None:  # of a part: its type is known with the method
+        assert dict(RunConfig(**settings).set.parts) == {"loss.tau": [1]}
+        return
+    with pytest.raises(UserError, match=message):
+        RunConfig(**settings)
+
+
+def test_paths_and_numpys_numbers_are_welcome() -> None:
+    config = RunConfig(out=Path("a/b"), epochs=np.int64(3), lr=np.float32(0.5), imbalance=50)  # type: ignore[arg-type]
+    assert config == RunConfig(out="a/b", epochs=3, lr=0.5, imbalance=50.0)
+    assert (type(config.out), type(config.epochs), type(config.lr)) == (str, int, float)
+    assert config.hash == RunConfig(out="a/b", epochs=3, lr=0.5, imbalance=50.0).hash

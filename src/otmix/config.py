@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from otmix.datanames import DataName
@@ -144,6 +147,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.set, Mapping):
             object.__setattr__(self, "set", Overrides.from_dict(self.set))
+        for name, kinds in _kinds().items():
+            object.__setattr__(self, name, _in_kind(name, kinds, getattr(self, name)))
         for name, choices in _choices().items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -225,6 +230,35 @@ class RunConfig:
         """
         same = {key: value for key, value in self.identity.items() if key != "set"}
         return same | {f"set.{key}": value for key, value in settings.items()}
+
+
+@cache
+def _kinds() -> dict[str, tuple[Any, ...]]:
+    """The types of each setting that has no choices, NoneType among them where it may be left open."""
+    hints = {name: hint for name, hint in get_type_hints(RunConfig).items() if name not in {"set", *_choices()}}
+    return {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+_CALLED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _in_kind(name: str, kinds: tuple[Any, ...], value: Any) -> Any:
+    """A value as its setting has it: a path as a text, a number of NumPy's as Python's. Raises UserError for another
+    type: "no" would count as true, and 2.5 epochs are none.
+    """
+    if value is None and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if kind is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, bool) is (kind is bool):
+        if kind is int and isinstance(value, Integral):
+            return int(value)
+        if kind is float and isinstance(value, Real):
+            return float(value)
+        if kind is bool:
+            return value
+    raise UserError(f"{name} must be {_CALLED[kind]}, it is {value!r}")
 
 
 @cache

@@ -7,6 +7,7 @@ appear.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -243,9 +244,17 @@ class Overrides:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Overrides:
-        """The inverse of `to_dict`."""
-        own = {name: value for name, value in values.items() if "." not in name}
-        return cls(**own, parts={name: value for name, value in values.items() if "." in name})
+        """The inverse of `to_dict`; `{"loss": {"tau": 2}}` is `{"loss.tau": 2}`. Raises UserError for a wrong name."""
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            nested = isinstance(value, Mapping) and name not in _kinds()
+            flat |= {f"{name}.{key}": one for key, one in value.items()} if nested else {name: value}
+        own = {name: value for name, value in flat.items() if "." not in name}
+        if unknown := [name for name in own if name not in _kinds()]:
+            close = difflib.get_close_matches(unknown[0], _kinds(), n=1)
+            hint = f"did you mean {close[0]}?" if close else "`otmix methods otmix` shows what can be set"
+            raise UserError(f"there is no setting {unknown[0]}; {hint}")
+        return cls(**own, parts={name: value for name, value in flat.items() if "." in name})
 
 
 @cache
