@@ -87,9 +87,9 @@ def values_for(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(members)
     if type(None) in get_args(hint):
         return st.none() | st.one_of(*(values_for(member) for member in get_args(hint) if member is not type(None)))
-    # YAML reads a lone # or ~ as nothing, and so does jsonargparse where nothing is allowed
+    # YAML reads a lone # or ~, and null, as nothing, and so does jsonargparse where nothing is allowed
     letters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="#~")
-    text = st.text(letters, min_size=1, max_size=8)
+    text = st.text(letters, min_size=1, max_size=8).filter(lambda drawn: drawn.lower() != "null")
     numbers = st.floats(1e-6, 1e6, allow_nan=False)
     return {bool: st.booleans(), int: st.integers(4, 10**6), float: numbers, str: text}[hint]
 
