@@ -108,11 +108,11 @@ def read_json(path: Path) -> Any:
 def read_object(path: Path, needed: Mapping[str, Any] = {}, optional: Mapping[str, Any] = {}) -> dict[str, Any]:
     """A JSON object that has what is `needed`, by key, and what is `optional` in its type where it is there.
 
-    A type is a class, `list[class]`, or a mapping as `needed` for an object in it. Raises UserError where the file is
-    missing, not JSON, or not such an object.
+    A type is a class, several in a tuple, `list[class]`, or a mapping as `needed` for an object in it. Raises UserError
+    where the file is missing, not JSON, or not such an object.
     """
     value = read_json(path)
-    wrong = "it must hold a JSON object" if not isinstance(value, dict) else _what_is_wrong(value, needed, optional)
+    wrong = "it must hold one JSON object" if not isinstance(value, dict) else _what_is_wrong(value, needed, optional)
     if wrong:
         raise UserError(f"{path} is damaged: {wrong}; restore it, or repeat the run")
     found: dict[str, Any] = value

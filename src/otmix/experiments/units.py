@@ -91,7 +91,7 @@ def unit_of(run_dir: Path, data_title: str | None = None) -> dict[str, Any]:
         config = replace(config, set=replace(config.set, confusion_run=Path(teacher).name))
     identity = {key: value for key, value in config.identity.items() if key not in _PATHS}
     if config.weights is not None:
-        identity["weights"] = environment.get("inputs", {}).get("weights", "unknown")
+        identity["weights"] = (environment.get("inputs") or {}).get("weights", "unknown")
     setting = {key: value for key, value in identity.items() if key not in ("method", "seed", "set")}
     return {
         "method": result["method"],

@@ -185,7 +185,7 @@ def inputs(config: RunConfig) -> dict[str, str]:
 
 def changed_inputs(run_dir: Path, config: RunConfig) -> str:
     """Which of `inputs` are others than those of a run, in words, as far as it recorded them and they are known."""
-    then = read_environment(run_dir).get("inputs", {})
+    then = read_environment(run_dir).get("inputs") or {}
     other = [
         key for key, now in inputs(config).items() if then.get(key, now) != now and UNKNOWN not in (now, then[key])
     ]
@@ -292,7 +292,7 @@ def read_environment(run_dir: Path, whole: bool = False) -> dict[str, Any]:
     """environment.json of a run; `whole`: with all that even the oldest ones noted. Raises UserError where it is
     missing or damaged.
     """
-    return read_object(run_dir / "environment.json", ENVIRONMENT if whole else {}, {"inputs": dict})
+    return read_object(run_dir / "environment.json", ENVIRONMENT if whole else {}, {"inputs": (dict, NoneType)})
 
 
 def runs_folder() -> Path:
