@@ -364,7 +364,9 @@ def test_started_as_a_user_starts_it(recorded: Callable[[str], Recorded], tmp_pa
         f"    train(RunConfig.from_dict({config!r}))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, capture_output=True)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run") == rows(recorded("streamed").run_dir)
     weights = [run / "model.safetensors" for run in (tmp_path / "run", recorded("streamed").run_dir)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
