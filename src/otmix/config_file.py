@@ -7,7 +7,6 @@ wins. Raises UserError everywhere, with a sentence that names the file.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
@@ -18,6 +17,7 @@ import yaml
 
 from otmix.config import RunConfig
 from otmix.errors import UserError
+from otmix.files import from_home
 from otmix.protocols import Overrides, Protocol
 from otmix.settings import Setting
 
@@ -141,7 +141,7 @@ def in_type(file: Path, key: str, hint: Any, value: Any) -> Any:
     if kind in (str, Path) and not isinstance(value, str):
         raise UserError(f"{shown} must be a text, it is {value}; put it in quotes")
     if kind is Path or key in PLACES:
-        return kind(os.path.expanduser(value))  # noqa: PTH111 (leaves ~nobody alone)
+        return kind(from_home(value))
     return value if kind is str else Setting(key, kind, None, "").convert(value, shown)
 
 

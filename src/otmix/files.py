@@ -73,6 +73,11 @@ def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -
     )
 
 
+def from_home(path: str) -> str:
+    """A path as it was written, `~` in it being the user's home; `~nobody` stays what it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 (Path's own raises for ~nobody)
+
+
 def printable(name: str) -> str:
     """The name of a file as text: bytes of it that are no UTF-8 as `\\xe9`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

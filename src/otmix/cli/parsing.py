@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_pa
 from otmix.config import ADDED, RunConfig
 from otmix.config_file import PLACES, in_type, parse_yaml, read_values
 from otmix.errors import UserError
+from otmix.files import from_home
 from otmix.protocols import Overrides
 
 CONFIG, PRINT_CONFIG = "--config", "--print_config"
@@ -116,7 +116,7 @@ def _sort_out(command: str, arguments: Iterable[Argument], argv: Sequence[str], 
             if not value or (value.startswith("--") and not equals):
                 raise UserError(f"{option} needs a value")
             if argument is None or argument.bare is Path or argument.key in PLACES:
-                value = os.path.expanduser(value)  # noqa: PTH111 (leaves ~nobody alone): no shell does in --out=~/x
+                value = from_home(value)  # no shell does in --out=~/x
             if argument is None:
                 typed.files.append(Path(value))
             elif argument.repeated:
@@ -189,7 +189,7 @@ def _texts(file: Path, key: str, value: Any) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         example = {METHODS: "erm, otmix", IMPORT: "mine.py"}[key]
         raise UserError(f"`{key}` in {file} must be a list of texts, it is {value}; write e.g. `{key}: [{example}]`")
-    return [os.path.expanduser(text) for text in texts] if key == IMPORT else texts  # noqa: PTH111 (as for flags)
+    return [from_home(text) for text in texts] if key == IMPORT else texts
 
 
 def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:

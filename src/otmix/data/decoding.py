@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Told (done, of how many) now and then, in the calling thread."""
 
-IMAGE_ENDINGS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .webp .avif .tif .tiff .gif .jp2 .ppm .pgm .pnm".split()  # noqa: SIM905
-)
+_JPEG, _NETPBM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pnm")
+IMAGE_ENDINGS = frozenset((*_JPEG, *_NETPBM, ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif", ".jp2"))
 _BROKEN = (OSError, SyntaxError, ValueError, IndexError, KeyError, EOFError, OverflowError, struct.error, zlib.error)
 _BLOCK = 32  # files per task: a task costs as much as decoding a thumbnail
 GLANCE = 64  # pixels of the shorter side that are enough to know whether a file can be read
