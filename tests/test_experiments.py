@@ -735,7 +735,7 @@ def test_a_real_comparison_in_two_processes(tmp_path: Path) -> None:
     assert found.failed == ()
     assert [row["trained"] for row in found.rows] == [1, 1]
     again = compare(
-        replace(BASE, epochs=1, backbone="resnet8", accelerator="cpu"), ["erm", "cmo"], seeds=1, runs=tmp_path
+        replace(BASE, epochs=1, backbone="resnet8", accelerator="cpu"), ["erm", "cmo"], seeds=1, runs=str(tmp_path)
     )
     assert [row["reused"] for row in again.rows] == [1, 1]
     assert write_unit(found.outcomes[0].run_dir, tmp_path / "results").is_file()

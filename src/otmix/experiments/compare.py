@@ -59,7 +59,7 @@ def compare(
     *,
     seeds: int = 3,
     jobs: int = 1,
-    runs: Path | None = None,
+    runs: str | Path | None = None,
     reporter: Reporter | None = None,
     imports: Sequence[str | Path] = (),
 ) -> Comparison:
@@ -74,7 +74,7 @@ def compare(
     reporter = reporter or Silent()
     import_files([Path(file) for file in imports])
     chosen = _checked(base, methods, seeds, jobs)
-    folder = runs if runs is not None else runs_folder()
+    folder = runs_folder() if runs is None else Path(runs)
     configs = {
         (method.name, seed): _config(base, method, seed, folder)
         for method in sorted(chosen, key=_training_order)
