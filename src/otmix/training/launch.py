@@ -165,7 +165,10 @@ def train_beside_others(work: Work, config: RunConfig, reporter: Reporter) -> Pa
 def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) -> Path:
     """The work of a process that is connected with the others first."""
     try:
-        return Path(fabric.launch(lambda fabric: work(fabric, config, reporter)))
+        run_dir = Path(fabric.launch(lambda fabric: work(fabric, config, reporter)))
+        if torch.distributed.is_initialized():  # else its threads may abort the process when that ends
+            torch.distributed.destroy_process_group()
+        return run_dir
     except RuntimeError as error:  # gloo has no exception of its own
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             raise ConnectionLost(error) from error
