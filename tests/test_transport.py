@@ -102,12 +102,19 @@ def test_agrees_with_pot(solve: Callable[..., Plan], name: str, epsilon: float, 
     assert gap(divergence, plan.coupling, want, cost=cost, epsilon=epsilon) <= 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("name", COSTS)
-def test_the_objective_of_eq_4_as_it_is_written(name: str, epsilon: float) -> None:
-    """Of the uniform costs it is 0.0006, a difference of terms forty times as large: hence the tolerance."""
+@pytest.mark.parametrize("solve", [sinkhorn, on_other_devices])
+def test_the_objective_of_eq_4_as_it_is_written(
+    solve: Callable[..., Plan], name: str, epsilon: float, dtype: torch.dtype
+) -> None:
+    """Of the uniform costs it is 0.0006, a difference of terms forty times as large: hence the tolerance, which float32
+    does not reach on all of them.
+    """
     cost = COSTS[name]
-    plan = sinkhorn(cost.double(), epsilon=epsilon, max_iterations=5000, tolerance=1e-6)
+    plan = solve(cost.to(dtype), epsilon=epsilon, max_iterations=5000, tolerance=1e-6)
+    assert bool(plan.converged) or (dtype == torch.float32 and float(plan.marginal_error) < 2e-5)
     assert gap(eq_4, plan.coupling, reference(name, epsilon), cost=cost, epsilon=epsilon) <= 1e-4
 
 
