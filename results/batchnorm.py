@@ -4,8 +4,8 @@ anew as the mean over an epoch of other batches, and the error is measured again
     python results/batchnorm.py RUN_DIR ... [--root DIR] [--csv FILE]
     python results/batchnorm.py --csv results/batchnorm.csv          # the table of results/README.md
 
-The batches: `plain`; `random`, half of them mixed with random pairs (CMO); `transport`, half of them mixed with pairs by
-transport, looked at in eval mode; `train-mode`, the same looked at in train mode, as the released code does, whose
+The batches: `plain`; `random`, half of them mixed with random pairs (CMO); `transport`, half of them mixed with pairs
+by transport, looked at in eval mode; `train-mode`, the same looked at in train mode, as the released code does, whose
 passes over plain images move the statistics, too.
 """
 
