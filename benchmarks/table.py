@@ -82,7 +82,7 @@ def main() -> None:
         "Ratios are ours / other, median (smallest … largest) of the rounds. Rows are of different days on shared "
         "machines: compare their ratios, not their times.",
         "", "### transport.py", "", *transport(),
-        "", "### training.py", "", *training("training", "training-paper"),
+        "", "### training.py", "", *training("training"),
         "", "### training.py --device cuda --compile --steps 97, on an H200", "",
         f"{on_cuda['threads']} threads, torch {on_cuda['torch']}, {on_cuda['precision']}; the targets are the CPU's.",
         "", *training("training-cuda"),
