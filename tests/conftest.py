@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,16 @@ def nothing_registered_stays() -> Iterator[None]:
         if table != content:
             table.clear()
             table.update(content)
+
+
+@pytest.fixture(autouse=True)
+def hangups_count() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, here and in children, where the tests want to see what it does."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    before = None if hangup is None else signal.signal(hangup, signal.SIG_DFL)
+    yield
+    if hangup is not None:
+        signal.signal(hangup, before)
 
 
 @pytest.fixture(scope="session")
