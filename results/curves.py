@@ -22,7 +22,8 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 FILE, PICTURE = HERE / "curves" / "official.csv", HERE.parent / "docs" / "official.png"
 TITLES = {"ce": "ERM", "ce+cmo": "CMO", "ce+otmix": "OTmix"}
-DECAYS = (100, 160, 200)  # the epochs before which the learning rate falls, of 240
+DECAYS = (100, 160, 200)  # the epochs after which the learning rate falls, of 240
+PLAIN_FROM = 238  # the first of the last epochs, in which nothing is mixed
 
 
 def add(runs: list[Path]) -> None:
@@ -81,24 +82,26 @@ def tables() -> None:
 
 
 def draw() -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True, layout="constrained")
     for axis, (method, seeds) in zip(axes, curves().items()):
+        bests, lasts = [], []
         for seed, (errors, transport) in seeds.items():
             epochs = np.arange(1, len(errors) + 1)
             line = axis.plot(epochs, errors, lw=0.6, alpha=0.6)[0]
+            marks = {"color": line.get_color(), "ls": "none", "zorder": 3}
             if method == "ce+otmix":
-                marks = {"ms": 1.8, "mfc": "none", "mew": 0.5, "color": line.get_color()}
-                axis.plot(epochs[transport], errors[transport], "s", **marks)
+                axis.plot(epochs[transport], errors[transport], "s", ms=1.6, mfc="none", mew=0.4, **marks)
             i = int(errors.argmin())
-            axis.plot(i + 1, errors[i], "o", ms=6, color=line.get_color(), label=f"seed {seed}: best {errors[i]:.1f}")
-            axis.plot(len(errors), errors[-1], "x", ms=6, color=line.get_color(), label=f"last {errors[-1]:.1f}")
+            bests += axis.plot(i + 1, errors[i], "o", ms=6, **marks, label=f"seed {seed}, best {errors[i]:.2f}")
+            lasts += axis.plot(len(errors), errors[-1], "x", ms=6, **marks, label=f"last {errors[-1]:.2f}")
         for epoch in DECAYS:
             axis.axvline(epoch + 0.5, color="0.8", lw=0.8, zorder=0)
-        axis.set(title=TITLES[method], xlabel="epoch", ylim=(29, 48), xlim=(60, 244))
-        axis.legend(fontsize=7, ncols=2, loc="upper right")
+        axis.axvline(PLAIN_FROM - 0.5, color="0.5", lw=0.8, ls="--", zorder=0)
+        axis.set(title=TITLES[method], xlabel="epoch", ylim=(29, 48), xlim=(60, 246))
+        axis.legend(handles=[*bests, *lasts], fontsize=7, ncols=2, loc="upper right")
     axes[0].set_ylabel("test error in %")
     axes[2].set_xlabel("epoch (squares: pairs by transport)")
-    figure.savefig(PICTURE, dpi=130)
+    figure.savefig(PICTURE, dpi=120)
 
 
 if __name__ == "__main__":
