@@ -82,7 +82,8 @@ def table(rows: list[dict[str, str]]) -> None:
         cells = []
         for kind in ("as trained", *KINDS):
             values = np.array([float(row[kind]) for row in seeds if row[kind]])
-            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else "–")
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "–")
         print(f"{name}{len(seeds)} | {' | '.join(cells)} |")
 
 
