@@ -201,6 +201,8 @@ def warm_up() -> None:
 
 
 def main() -> None:
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started by nohup
     warm_up()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
