@@ -43,7 +43,7 @@ def test_an_import_is_finished_before_it_is_stopped(
     assert [signal.getsignal(one) for one in stop_signals()] == before
 
 
-def test_a_stop_before_the_command_line_is_loaded() -> None:
+def test_a_stop_before_the_command_line_is_loaded(tmp_path: Path) -> None:
     code = """
 import os, runpy, signal, sys
 class Finder:
@@ -54,7 +54,9 @@ sys.meta_path.insert(0, Finder)
 sys.argv = ["otmix", "train"]
 runpy.run_module("otmix", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", code]
+    # not where a run of these settings may lie: train would end, and say so, before it is stopped
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\notmix: stopped\n")
 
 
