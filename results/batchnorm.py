@@ -25,6 +25,8 @@ from torch import nn
 
 from otmix.config import RunConfig
 from otmix.data import items_of
+from otmix.experiments.unit_tables import changed_settings
+from otmix.experiments.units import unit_of
 from otmix.protocols import Overrides
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
@@ -75,7 +77,8 @@ def table(rows: list[dict[str, str]]) -> None:
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         size = f"{row['backbone']}, {row['image_size']} px, {row['epochs']} epochs, {row['split']} images"
-        found.setdefault(f"| {size} | {row['method']} | ", []).append(row)
+        method = f"{row['method']}; {row['set']}" if row["set"] else row["method"]
+        found.setdefault(f"| {size} | {method} | ", []).append(row)
     print(f"| runs | method | seeds | as trained | {' | '.join(KINDS)} |")
     print("| --- | --- | ---: |" + " ---: |" * (1 + len(KINDS)))
     for name, seeds in found.items():
@@ -112,7 +115,7 @@ def main() -> None:
         first = {
             "backbone": config.backbone, "image_size": config.image_size, "epochs": config.epochs,
             "protocol": config.protocol, "split": config.final_split, "method": result["method"],
-            "set": " ".join(f"{k} {v}" for k, v in sorted(config.set.to_dict().items())), "seed": config.seed,
+            "set": changed_settings(unit_of(run_dir)), "seed": config.seed,
             "as trained": f"{100 * result['evaluation']['top1_error']:.2f}",
         }  # fmt: skip
         row = dict(first) | {kind: f"{error(config, run_dir, kind, datasets[images]):.2f}" for kind in args.kinds}
@@ -120,7 +123,7 @@ def main() -> None:
         same = ("backbone", "image_size", "epochs", "protocol", "split", "method", "set", "seed")
         rows = [old for old in rows if any(str(old[key]) != str(row[key]) for key in same)] + [row]
         if args.csv:
-            rows.sort(key=lambda old: [str(old[key]) for key in same])
+            rows.sort(key=lambda old: [str(old[key]) for key in same])  # as text: those that were read are
             with args.csv.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, list(first) + list(KINDS), lineterminator="\n", restval="")
                 writer.writeheader()
