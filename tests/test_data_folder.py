@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,62 @@ def test_links_to_the_same_images_are_mentioned(tmp_path: Path) -> None:
     assert not any("Links" in note for note in load(tmp_path).notes)
     (tmp_path / "test" / "a").symlink_to(tmp_path / "train" / "a")
     assert any(note.startswith("Links lead to 3 images more than once") for note in load(tmp_path).notes)
+
+
+def copies(data: ImageDataset) -> list[str]:
+    return [note for note in data.notes if "flatters" in note]
+
+
+def test_copies_of_training_images_in_the_held_out_splits(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 3), *numbered("train/b", 3), *numbered("test/a", 2), *numbered("test/b", 2))
+    put(tmp_path, *numbered("val/a", 2), *numbered("val/b", 2))
+    assert copies(load(tmp_path)) == []
+    shutil.copy(tmp_path / "train/a/001.png", tmp_path / "test/b/seen.png")  # under another name, and as another class
+    shutil.copy(tmp_path / "train/a/001.png", tmp_path / "train/b/again.png")
+    assert copies(load(tmp_path)) == [
+        "1 of 5 test images is a copy of a training image (test/b/seen.png of train/a/001.png), which flatters what is "
+        "measured: remove the copies."
+    ]
+    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "test/a/0.png")
+    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "val/a/0.png")
+    assert copies(load(tmp_path)) == [
+        "1 of 5 validation images is a copy of a training image (val/a/0.png of train/b/002.png), which flatters what "
+        "is measured: remove the copies.",
+        "2 of 6 test images are copies of training images (test/a/0.png of train/b/002.png, …), which flatters what is "
+        "measured: remove the copies.",
+    ]
+
+
+def test_what_is_no_copy(tmp_path: Path) -> None:
+    """Files of one size with other bytes, copies within a split, and of an image that is not trained on."""
+    put(tmp_path, *numbered("train/a", 3), *numbered("train/b", 4), *numbered("test/a", 2), *numbered("test/b", 2))
+    shutil.copy(tmp_path / "test/a/000.png", tmp_path / "test/b/again.png")
+    whole = (tmp_path / "train/a/000.png").read_bytes()
+    (tmp_path / "test/a/other.png").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert copies(load(tmp_path)) == []
+    left = next(path for path in numbered("train/b", 4) if path not in names(load(tmp_path, max_per_class=3).train))
+    shutil.copy(tmp_path / left, tmp_path / "test/b/unused.png")
+    assert copies(load(tmp_path, max_per_class=3)) == []
+    assert len(copies(load(tmp_path))) == 1
+
+
+def test_copies_that_a_random_split_parts(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("a", 10), *numbered("b", 10))
+    for path in numbered("a", 10):
+        shutil.copy(tmp_path / path, (tmp_path / path).with_suffix(".copy.png"))
+    [note] = copies(load(tmp_path))
+    assert "test images are copies of training images" in note
+
+
+def test_copies_are_looked_for_where_that_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, *numbered("train/a", 3), *numbered("train/b", 3), *numbered("test/a", 2))
+    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "test/a/0.png")
+    size = (tmp_path / "test/a/0.png").stat().st_size
+    (tmp_path / "train/a/long.png").write_bytes((tmp_path / "train/a/000.png").read_bytes() + bytes(10_000))
+    same = sum(path.stat().st_size == size for path in tmp_path.rglob("*.png"))
+    for limit, found in ((size * same - 1, 0), (size * same, 1)):  # the long file has no part in it
+        monkeypatch.setattr("otmix.data.copies.READ_AT_MOST", limit)
+        assert len(copies(load(tmp_path))) == found
 
 
 def test_classes_that_look_alike(tmp_path: Path) -> None:

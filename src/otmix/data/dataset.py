@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from otmix.data.cifar import load_cifar
+from otmix.data.copies import notes_of_copies
 from otmix.data.decoding import GLANCE, Progress, find_unreadable, in_threads
 from otmix.data.digits import load_digits
 from otmix.data.folder import LARGE_SIZE, choose_image_size, load_folder
@@ -164,6 +165,10 @@ def load_dataset(
     raw = _with_test_split(raw, test_fraction, seed)
     raw, size = _with_size(raw, image_size, timm)
     raw = _with_subset(raw, data, imbalance, max_per_class, validation_per_class, seed)
+    held_out = {"validation": raw.validation, "test": raw.test}
+    files = {split: source for split, source in held_out.items() if isinstance(source, FileSource)}
+    if data == "folder" and isinstance(raw.train, FileSource):
+        raw = replace(raw, notes=(*raw.notes, *notes_of_copies(raw.train, files)))
     return ImageDataset(
         raw.name,
         raw.class_names,
