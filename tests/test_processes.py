@@ -40,13 +40,15 @@ WORLD = 2
 def record(folder: str) -> None:
     """Let each process of a run write down what it saw and what it became. (In the child; see `run_server`.)"""
     import otmix.training.run as run
+    import otmix.training.statistics as statistics
     from otmix.data.stores import ResidentStore
     from otmix.mixer import BatchMixer
     from otmix.training.confusion_source import ConfusionSource
 
     fetch, estimate, finish, count = ResidentStore.fetch, ConfusionSource.estimate, run.finish, ConfusionCounter.add
-    mix = BatchMixer.__call__
-    seen: dict[str, list[Any]] = {"fetched": [], "counted": [], "confusions": [], "weights": [], "transported": []}
+    mix, summed = BatchMixer.__call__, statistics.summed
+    kinds = ("fetched", "counted", "confusions", "weights", "transported", "statistics")
+    seen: dict[str, list[Any]] = {kind: [] for kind in kinds}
     counts: list[Any] = []
 
     def fetched(self: ResidentStore, items: Items, seed: int | None) -> Any:
@@ -73,6 +75,16 @@ def record(folder: str) -> None:
             seen["transported"].append((coupling, found.pairs.foreground.clone(), found.pairs.background.clone()))
         return found
 
+    def own_statistics(fabric: Any) -> Any:
+        add_up = summed(fabric)
+        assert add_up is not None
+
+        def noted(own: torch.Tensor) -> torch.Tensor:
+            seen["statistics"].append(own.clone())
+            return add_up(own)
+
+        return noted
+
     def finished(state: Any, plan: Any) -> None:
         finish(state, plan)
         seen["weights"].append(dict(state.state.model.state_dict()))
@@ -82,6 +94,7 @@ def record(folder: str) -> None:
     ResidentStore.fetch, ConfusionCounter.add = fetched, counted  # type: ignore[method-assign]
     ConfusionSource.estimate, run.finish = estimated, finished  # type: ignore[method-assign]
     BatchMixer.__call__ = mixed  # type: ignore[method-assign]
+    statistics.summed = own_statistics
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,16 @@ def test_both_end_with_the_same_weights(recorded: Callable[[str], Recorded]) -> 
         first, second = (rank["weights"][0] for rank in run.ranks)
         different = [key for key in first if not torch.equal(first[key], second[key])]
         assert not different, name
+
+
+def test_mixed_statistics_are_the_mean_of_what_the_processes_found(recorded: Callable[[str], Recorded]) -> None:
+    ranks = recorded("streamed").ranks
+    weights = ranks[0]["weights"][0]
+    names = [name for name in weights if name.endswith(("running_mean", "running_var"))]
+    own = zip(*(rank["statistics"] for rank in ranks), strict=True)
+    for name, (first, second) in zip(names, own, strict=True):
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(weights[name], (first + second) / 2)
 
 
 @pytest.mark.parametrize("name", ["streamed", "official", "reweighted"])

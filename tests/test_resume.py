@@ -34,8 +34,12 @@ TINY = {
 }
 EVERY_STEP = {"mix_from": 0.0, "mix_until": 1.0}
 RUNS: dict[str, dict[str, Any]] = {
-    # F streamed and soft, its counts half-way; transport from the first epoch on
-    "streamed": {"method": "otmix", "protocol": "clean", "set": {**EVERY_STEP, "mix_probability": 0.8}},
+    # F streamed and soft, its counts half-way; transport from the first epoch on; BatchNorm's statistics made anew
+    "streamed": {
+        "method": "otmix",
+        "protocol": "clean",
+        "set": {**EVERY_STEP, "mix_probability": 0.8, "bn_statistics": "mixed"},
+    },
     # the best epoch on the test set kept apart, BatchNorm moved by the cost's passes, one draw an epoch
     "official": {"method": "otmix", "protocol": "official", "set": {**EVERY_STEP, "curriculum_power": 0.3}},
     # class weights that begin late, F from validation images, Adam's moments, a warm-up

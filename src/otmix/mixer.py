@@ -52,7 +52,11 @@ class MixSchedule:
 
     def reaches(self, epochs: int) -> bool:
         """Whether any of so many epochs lies in the window."""
-        return any(self._inside(epoch, epochs) for epoch in range(epochs))
+        return self.last_epoch(epochs) is not None
+
+    def last_epoch(self, epochs: int) -> int | None:
+        """The last of so many epochs that lies in the window, counted from 0; None where none does."""
+        return next((epoch for epoch in reversed(range(epochs)) if self._inside(epoch, epochs)), None)
 
     def _inside(self, epoch: int, epochs: int) -> bool:
         start, end = self.window

@@ -48,6 +48,12 @@ class Protocol:
         "measured (results/README.md). The paper has no margin",
     )
     mix_fraction: float = _setting(1.0, "share of the images within a mixed batch that are mixed", "paper, Table 7")
+    bn_statistics: Literal["running", "mixed"] = _setting(
+        "running",
+        "BatchNorm's statistics in the finished model: running, those of the last steps; or mixed, the means over the "
+        "batches of the last epoch with mixing, with the final weights",
+        "paper and released code: running",
+    )
     curriculum_power: float = _setting(
         1.0, "mu in Bernoulli((t/T)^mu), the probability of transport instead of random pairing", "paper, Fig. 8d"
     )
@@ -162,6 +168,12 @@ class Protocol:
                 "begins"
             )
 
+        if self.bn_statistics == "mixed" and self.headline == "best-on-test":
+            raise UserError(
+                "bn_statistics mixed changes the model that headline best-on-test has chosen; set headline to last, or "
+                "bn_statistics to running"
+            )
+
     @property
     def looks_at_test(self) -> bool:
         """Whether the test set has any influence on training or selection."""
@@ -207,6 +219,7 @@ class Overrides:
     mix_from: float | None = None
     mix_until: float | None = None
     mix_fraction: float | None = None
+    bn_statistics: Literal["running", "mixed"] | None = None
     curriculum_power: float | None = None
     curriculum_per: Literal["batch", "epoch"] | None = None
     curriculum_one_based: bool | None = None

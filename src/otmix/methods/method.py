@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # which settings of a protocol a method reads: the rest cannot change its result, so they are neither listed nor
 # accepted for it
-_SCHEDULE = ("mix_probability", "mix_from", "mix_until", "mix_fraction")
+_SCHEDULE = ("mix_probability", "mix_from", "mix_until", "mix_fraction", "bn_statistics")
 _OF_PIXELS = {"alpha": "alpha", "box": "box", "box_per": "per"}
 """Settings that a pixel rule reads if its constructor takes the parameter."""
 _FOREGROUND = ("foreground_law", "foreground_r")

@@ -78,8 +78,10 @@ class RunState:
     best: dict[str, Any] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
-    def moment(self, step: int) -> Moment:
-        return Moment(self.seed, self.stage_index, self.epoch, self.stage.epochs, step, self.fabric.global_rank)
+    def moment(self, step: int, epoch: int | None = None) -> Moment:
+        """A step of the present epoch, or of another one."""
+        at = self.epoch if epoch is None else epoch
+        return Moment(self.seed, self.stage_index, at, self.stage.epochs, step, self.fabric.global_rank)
 
 
 def checkpoint_path(run_dir: Path) -> Path:
@@ -100,21 +102,18 @@ def train_epoch(run: RunState) -> None:
     """The rest of the present epoch, from `run.step` on."""
     stage, tally = run.stage, run.tally
     state = replace(run.state, class_weight=_class_weight(run))
-    batches = run.background.epoch(run.moment(0))
-    backgrounds = run.store.stream(
-        (batches[step], run.moment(step).seed_for("augment-background")) for step in range(run.step, len(batches))
-    )
-    foregrounds = _foregrounds(run, [len(batch) for batch in batches])
+    moments, loaded = steps_of(run, run.epoch, run.step)
+    steps, already = run.step + len(moments), run.step
     stage.set_modes(run.module)
     began = shown = saved = time.perf_counter()
-    before, already = tally.seconds, run.step
-    for step in range(run.step, len(batches)):
-        moment = run.moment(step)
-        factor = stage.schedule.factor(run.epoch, stage.epochs, step, len(batches))
+    before = tally.seconds
+    for moment in moments:
+        step = moment.step
+        factor = stage.schedule.factor(run.epoch, stage.epochs, step, steps)
         for group in run.optimizer.param_groups:
             group["lr"] = stage.optimizer.lr * factor
 
-        items = StepItems(next(backgrounds), next(foregrounds) if _needs_foreground(run, moment) else None)
+        items = next(loaded)
         try:
             parts = stage.step(state, items, PairingContext(moment, run.confusion))
         except ValueError:  # a cost may refuse what a broken model says before its loss is seen
@@ -130,9 +129,9 @@ def train_epoch(run: RunState) -> None:
         tally.seconds = before + now - began
         if now - shown > SHOW_EVERY_SECONDS and (run.fabric.device.type == "cpu" or step % 50 == 49):
             shown = now
-            _show(run, len(batches), already)
+            _show(run, steps, already)
         # at the end of an epoch a checkpoint follows anyway; asking the other processes takes time
-        if run.step < len(batches) and (run.fabric.world_size == 1 or step % 10 == 9):
+        if run.step < steps and (run.fabric.world_size == 1 or step % 10 == 9):
             stop, due = run.stop.agreed_with(run.fabric, now - saved > 60 * run.checkpoint_minutes)
             if stop or due:
                 save(run)
@@ -143,6 +142,23 @@ def train_epoch(run: RunState) -> None:
     if run.fabric.device.type != "cpu":  # it is still at work on what it was given
         torch.accelerator.synchronize(run.fabric.device)
         tally.seconds = before + time.perf_counter() - began
+
+
+def steps_of(run: RunState, epoch: int, first: int = 0) -> tuple[list[Moment], Iterator[StepItems]]:
+    """The steps of an epoch from `first` on, and their images: a foreground batch, drawn from eq. 3, where the step
+    will look at one.
+    """
+    batches = run.background.epoch(run.moment(0, epoch))
+    moments = [run.moment(step, epoch) for step in range(first, len(batches))]
+    with_foreground = [moment for moment in moments if _needs_foreground(run, moment)]
+    backgrounds = run.store.stream((batches[at.step], at.seed_for("augment-background")) for at in moments)
+    foregrounds: Iterator[Batch] = iter(())
+    if (stream := run.foreground) is not None:
+        foregrounds = run.store.stream(
+            (stream.step(len(batches[at.step]), at), at.seed_for("augment-foreground")) for at in with_foreground
+        )
+    needed = {moment.step for moment in with_foreground}
+    return moments, (StepItems(next(backgrounds), next(foregrounds) if at.step in needed else None) for at in moments)
 
 
 def finish_epoch(run: RunState) -> None:
@@ -290,17 +306,6 @@ def _needs_foreground(run: RunState, moment: Moment) -> bool:
     if run.foreground is None:
         return False
     return run.stage.both_streams or (run.state.mixer is not None and run.state.mixer.needs_foreground(moment))
-
-
-def _foregrounds(run: RunState, sizes: list[int]) -> Iterator[Batch]:
-    """The foreground batches of the steps that will look at one, drawn from eq. 3."""
-    stream = run.foreground
-    if stream is None:
-        return iter(())
-    needed = [step for step in range(run.step, len(sizes)) if _needs_foreground(run, run.moment(step))]
-    return run.store.stream(
-        (stream.step(sizes[step], run.moment(step)), run.moment(step).seed_for("augment-foreground")) for step in needed
-    )
 
 
 def _show(run: RunState, steps: int, already: int) -> None:

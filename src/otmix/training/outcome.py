@@ -17,6 +17,7 @@ from otmix.training.pictures import draw_pictures
 from otmix.training.processes import summed
 from otmix.training.records import environment, read_environment
 from otmix.training.setup import Plan, split_of
+from otmix.training.statistics import mix_statistics
 from otmix.training.watching import evaluate, save_weights
 
 
@@ -29,6 +30,8 @@ def finish(run: RunState, plan: Plan) -> None:
         from safetensors.torch import load_file
 
         run.state.model.load_state_dict(load_file(best_path(run)))
+    if plan.protocol.bn_statistics == "mixed":
+        mix_statistics(run)
     items = items_of(split_of(dataset, config.final_split))
     store = plan.store(config.final_split, run.fabric, run.reporter.loading)
     evaluation, probabilities = evaluate(run, plan, store, items)

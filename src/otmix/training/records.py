@@ -236,12 +236,18 @@ def read_config(run_dir: Path) -> RunConfig:
     return read_record(path)
 
 
+_OF_MIXING_LATER = {"bn_statistics": "running"}
+"""Settings that methods which mix did not have at first, at the values of the runs from then."""
+
+
 def read_settings(run_dir: Path) -> dict[str, Any]:
     """Every setting of the method of a run at the value it runs with. Raises UserError where they are missing or not
     those of this version.
     """
     path = run_dir / "settings.json"
     values = read_object(path, {"headline": str})  # which every method has
+    if "mix_probability" in values:
+        values = _OF_MIXING_LATER | values
     known = get_type_hints(Protocol)
     for key, value in values.items():
         if key in known:

@@ -23,7 +23,7 @@ from otmix.randomness import derive_seed
 from otmix.training.confusion_source import ConfusionSource, confusion_origin
 from otmix.training.records import read_data
 from otmix.training.schedules import Schedule
-from otmix.training.stage import OptimizerSettings, Stage, StepItems
+from otmix.training.stage import OptimizerSettings, Stage, StepItems, batch_norms
 from otmix.training.stages import build_stages
 from otmix.types import Embed, Embedded, Items, Output
 
@@ -138,6 +138,8 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
             f"the features of protocol 'official' exist in CIFAR ResNets only, not in {config.backbone}; choose "
             "--backbone resnet32, or --protocol clean"
         )
+    if config.set.bn_statistics == "mixed" and not batch_norms(model):
+        raise UserError(f"--set.bn_statistics mixed changes nothing: {config.backbone} has no BatchNorm; leave it out")
     stages = build_stages(replace(config, set=filled), method, protocol, dataset, criterion)
     return Plan(config, settings, method, protocol, dataset, model, stages)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from otmix.confusion import ConfusionCounter
 from otmix.losses import Criterion, DeferredReweighting, Reduction
@@ -135,9 +136,13 @@ class Stage:
         """The mode of each module during a training step."""
         model.train()
         if self.batchnorm == "eval":
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for norm in batch_norms(model):
+                norm.eval()
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Its BatchNorm layers that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
 def _reset(module: nn.Module, seed: int) -> None:

@@ -1,0 +1,242 @@
+"""BatchNorm's statistics made anew for the finished model: the means over the last mixed epoch, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from otmix.config import RunConfig
+from otmix.data import ImageDataset
+from otmix.errors import UserError
+from otmix.mixer import MixSchedule
+from otmix.pairing import PairingContext
+from otmix.protocols import Overrides
+from otmix.training import train
+from otmix.training.build import build_run
+from otmix.training.launch import make_fabric
+from otmix.training.loop import RunState, finish_epoch, steps_of, train_epoch
+from otmix.training.records import read_settings
+from otmix.training.reporter import Silent
+from otmix.training.setup import load_data, prepare
+from otmix.training.stage import batch_norms
+from otmix.training.statistics import mix_statistics
+
+EPOCHS = 10
+PLAIN_END = Overrides(mix_from=0.0, mix_until=0.85, bn_statistics="mixed")  # epochs 0 … 8 are mixed, 9 is not
+TINY = RunConfig(
+    data="digits",
+    method="otmix",
+    max_per_class=40,
+    batch_size=32,
+    epochs=EPOCHS,
+    accelerator="cpu",
+    evaluate_every=100,
+    set=PLAIN_END,
+)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return load_data(TINY)
+
+
+def trained(dataset: ImageDataset, path: Path, epochs: int = EPOCHS, **changed: Any) -> RunState:
+    config = replace(TINY, **changed)
+    run = build_run(make_fabric(config), path, prepare(config, dataset), Silent())
+    for _ in range(epochs):
+        train_epoch(run)
+        finish_epoch(run)
+    return run
+
+
+@contextmanager
+def inputs_of_norms(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """What each BatchNorm gets in train mode, a tensor a batch."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+
+            def keep(module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                if module.training:
+                    seen.setdefault(name, []).append(inputs[0].detach().double().clone())
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def mixed_images(run: RunState, epoch: int) -> list[Tensor]:
+    """What the model was given in an epoch, as training makes it."""
+    assert run.state.mixer is not None
+    moments, loaded = steps_of(run, epoch)
+    return [
+        run.state.mixer(
+            items.background, items.foreground, run.state.make_embed(items), PairingContext(moment, run.confusion)
+        ).images
+        for moment, items in zip(moments, loaded, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", ["cmo", "otmix", "ldam-drw+otmix-mixup", "ride+cmo", "ce+cutmix"])
+def test_they_are_the_means_over_the_batches_of_the_last_mixed_epoch(
+    method: str, digits: ImageDataset, tmp_path: Path
+) -> None:
+    run = trained(digits, tmp_path, method=method)
+    assert run.state.mixer is not None
+    last = run.state.mixer.schedule.last_epoch(EPOCHS)
+    assert last == 8
+    images = mixed_images(run, last)
+    model = copy.deepcopy(run.state.model).train()  # transport asks the model with the statistics that it has
+    with inputs_of_norms(model) as seen, torch.no_grad():
+        for batch in images:
+            model(batch)
+    before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
+    mix_statistics(run)
+    assert seen
+    for name, module in run.state.model.named_modules():
+        if name in seen:
+            mean = torch.stack([batch.mean((0, 2, 3)) for batch in seen[name]]).mean(0)
+            variance = torch.stack([batch.var((0, 2, 3), unbiased=True) for batch in seen[name]]).mean(0)
+            torch.testing.assert_close(module.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(module.running_var.double(), variance, rtol=1e-4, atol=1e-5)
+            assert module.momentum == 0.1
+    after = run.state.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("running_mean", "running_var"))}
+
+
+@pytest.mark.parametrize("method", ["cmo", "ce+saliencymix"])
+def test_the_batches_are_those_that_training_made(method: str, digits: ImageDataset, tmp_path: Path) -> None:
+    """Where the pairs do not depend on the model, to the bit; half of them mixed."""
+    run = trained(digits, tmp_path, 8, method=method)
+    step, seen, shares = run.stage.step, [], []
+
+    def kept(*arguments: Any) -> Any:
+        parts = step(*arguments)
+        seen.append(parts.mixed.images.clone())
+        shares.append(parts.mixed.pairs is not None)
+        return parts
+
+    run.stage = replace(run.stage, step=kept)
+    train_epoch(run)
+    finish_epoch(run)
+    train_epoch(run)
+    assert run.epoch == 9
+    again = mixed_images(run, 8)
+    steps = len(again)
+    assert all(torch.equal(a, b) for a, b in zip(again, seen[:steps], strict=True))
+    assert any(shares[:steps])
+    assert not any(shares[steps:])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("erm", {}), ("cmo", {"mix_from": 0.95, "mix_until": 0.99}), ("ce+cutmix", {"mix_until": 0.0})],
+)
+def test_without_mixing_nothing_changes(
+    method: str, setting: dict[str, float], digits: ImageDataset, tmp_path: Path
+) -> None:
+    run = trained(digits, tmp_path, 1, method=method, set=Overrides(**setting))
+    before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
+    mix_statistics(run)
+    assert all(torch.equal(before[name], value) for name, value in run.state.model.state_dict().items())
+
+
+def test_statistics_that_a_stage_leaves_alone_stay(digits: ImageDataset, tmp_path: Path) -> None:
+    run = trained(digits, tmp_path, 1)
+    run.stage = replace(run.stage, batchnorm="eval")
+    before = [norm.running_mean.clone() for norm in batch_norms(run.state.model)]
+    mix_statistics(run)
+    assert all(torch.equal(a, norm.running_mean) for a, norm in zip(before, batch_norms(run.state.model), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "window", "last"),
+    [
+        (240, (4 / 240, 237 / 240), 236),
+        (10, (0.0, 1.0), 9),
+        (10, (0.0, 0.999), 8),
+        (3, (0.0, 0.0), None),
+        (1, (0, 1), 0),
+    ],
+)
+def test_the_last_mixed_epoch(epochs: int, window: tuple[float, float], last: int | None) -> None:
+    schedule = MixSchedule(window=window)
+    assert schedule.last_epoch(epochs) == last
+    assert schedule.reaches(epochs) == (last is not None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("finished")
+    return {
+        name: train(replace(TINY, out=str(base / name), set=replace(PLAIN_END, bn_statistics=name)))
+        for name in ("running", "mixed")
+    }
+
+
+def test_a_run_trains_as_without_and_ends_with_them(finished: dict[str, Path]) -> None:
+    running, mixed = (load_file(finished[name] / "model.safetensors") for name in ("running", "mixed"))
+    changed = {name for name in running if not torch.equal(running[name], mixed[name])}
+    assert changed == {name for name in running if name.endswith(("running_mean", "running_var"))}
+    rows = [
+        [{**json.loads(line), "seconds": 0, "images_per_second": 0} for line in path.open()]
+        for path in (finished[name] / "metrics.jsonl" for name in ("running", "mixed"))
+    ]
+    assert rows[0] == rows[1]
+    settings = [json.loads((finished[name] / "settings.json").read_text()) for name in ("running", "mixed")]
+    assert [one.pop("bn_statistics") for one in settings] == ["running", "mixed"]
+    assert settings[0] == settings[1]
+
+
+def test_a_run_that_was_killed_at_its_very_end_makes_them_again(finished: dict[str, Path], tmp_path: Path) -> None:
+    """After the last checkpoint, before anything of the end was written: F and the weights are the checkpoint's."""
+    run_dir = tmp_path / "killed"
+    run_dir.mkdir()
+    for name in ("checkpoint.pt", "config.yaml", "data.json", "environment.json", "settings.json", "metrics.jsonl"):
+        shutil.copy(finished["mixed"] / name, run_dir)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    train(replace(RunConfig.from_dict(config), out=str(run_dir), resume=True))
+    one, other = (load_file(path / "model.safetensors") for path in (finished["mixed"], run_dir))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_runs_from_before_the_setting_kept_running_ones(finished: dict[str, Path], tmp_path: Path) -> None:
+    settings = json.loads((finished["mixed"] / "settings.json").read_text())
+    del settings["bn_statistics"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert read_settings(tmp_path) == {**settings, "bn_statistics": "running"}
+    (tmp_path / "settings.json").write_text(json.dumps({"headline": "last"}))  # without a mixer
+    assert read_settings(tmp_path) == {"headline": "last"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(TINY, method="erm", set=Overrides(bn_statistics="mixed")), "changes nothing for ce"),
+        (replace(TINY, backbone="timm/vit_tiny_patch16_224", pretrained=False), "has no BatchNorm; leave it out"),
+        (
+            replace(TINY, protocol="official", set=Overrides(bn_statistics="mixed")),
+            "set headline to last, or bn_statistics to running",
+        ),
+        (replace(TINY, set=Overrides(bn_statistics="mixed", mix_probability=0.0)), "nothing is mixed"),
+    ],
+)
+def test_where_it_would_change_nothing_or_harm_it_is_refused(config: RunConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train(replace(config, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
