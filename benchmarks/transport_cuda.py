@@ -57,6 +57,8 @@ class WithWarps:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/transport_cuda.py measures a GPU, and torch finds none here")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     kernel = fused._solve
     for side, classes in ((64, 10), (128, 10), (128, 100), (256, 10)):

@@ -239,9 +239,10 @@ def test_on_a_narrow_terminal_the_numbers_are_whole(width: int, stream: io.Strin
     assert "…" not in said or width < 80
 
 
-def test_resumed_run_says_so(stream: io.StringIO) -> None:
-    lines(stream).start(info(resumed=7))
-    assert "resumed in epoch 8" in stream.getvalue()
+@pytest.mark.parametrize(("done", "said"), [(7, "resumed in epoch 8 "), (99, "epoch 100 "), (100, "after the last ")])
+def test_resumed_run_says_so(done: int, said: str, stream: io.StringIO) -> None:
+    lines(stream).start(info(resumed=done))
+    assert said in stream.getvalue()
 
 
 @pytest.mark.parametrize("kind", [LineReporter, LiveReporter])

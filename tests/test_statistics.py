@@ -28,7 +28,7 @@ from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
 from otmix.training.loop import RunState, finish_epoch, steps_of, train_epoch
 from otmix.training.records import read_settings
-from otmix.training.reporter import Silent
+from otmix.training.reporter import RunInfo, Silent
 from otmix.training.setup import load_data, prepare
 from otmix.training.stage import batch_norms
 from otmix.training.statistics import mix_statistics
@@ -180,6 +180,13 @@ def test_the_last_mixed_epoch(epochs: int, window: tuple[float, float], last: in
     assert schedule.reaches(epochs) == (last is not None)
 
 
+class Told(Silent):
+    resumed_at_epoch: int | None = None
+
+    def start(self, info: RunInfo) -> None:
+        self.resumed_at_epoch = info.resumed_at_epoch
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("finished")
@@ -210,7 +217,9 @@ def test_a_run_that_was_killed_at_its_very_end_makes_them_again(finished: dict[s
     for name in ("checkpoint.pt", "config.yaml", "data.json", "environment.json", "settings.json", "metrics.jsonl"):
         shutil.copy(finished["mixed"] / name, run_dir)
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    train(replace(RunConfig.from_dict(config), out=str(run_dir), resume=True))
+    told = Told()
+    train(replace(RunConfig.from_dict(config), out=str(run_dir), resume=True), told)
+    assert told.resumed_at_epoch == EPOCHS
     one, other = (load_file(path / "model.safetensors") for path in (finished["mixed"], run_dir))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -128,8 +128,7 @@ class _Reporter:
             f"  {counted(info.images, 'image')} in {counted(info.classes, 'class')}, imbalance {info.imbalance:.4g} · "
             f"{info.backbone}, {millions:.2f} M parameters · {info.device}, {info.precision}"
         )
-        resumed = "" if info.resumed_at_epoch is None else f", resumed in epoch {info.resumed_at_epoch + 1}"
-        self.say(f"  {length} of {counted(info.steps_per_epoch, 'step')}{resumed} · {info.run_dir}")
+        self.say(f"  {length} of {counted(info.steps_per_epoch, 'step')}{_resumed(info)} · {info.run_dir}")
         for note in info.notes:
             self.say(f"  {note}", style="dim")
 
@@ -149,6 +148,13 @@ class _Reporter:
 
     def close(self) -> None:
         pass
+
+
+def _resumed(info: RunInfo) -> str:
+    if info.resumed_at_epoch is None:
+        return ""
+    over = info.resumed_at_epoch >= info.epochs
+    return ", resumed after the last" if over else f", resumed in epoch {info.resumed_at_epoch + 1}"
 
 
 class LineReporter(_Reporter):
