@@ -105,7 +105,7 @@ def test_they_are_the_means_over_the_batches_of_the_last_mixed_epoch(
         for batch in images:
             model(batch)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
-    mix_statistics(run)
+    assert mix_statistics(run)
     assert seen
     for name, module in run.state.model.named_modules():
         if name in seen:
@@ -152,7 +152,7 @@ def test_without_mixing_nothing_changes(
 ) -> None:
     run = trained(digits, tmp_path, 1, method=method, set=Overrides(**setting))
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
-    mix_statistics(run)
+    assert not mix_statistics(run)
     assert all(torch.equal(before[name], value) for name, value in run.state.model.state_dict().items())
 
 
@@ -160,7 +160,7 @@ def test_statistics_that_a_stage_leaves_alone_stay(digits: ImageDataset, tmp_pat
     run = trained(digits, tmp_path, 1)
     run.stage = replace(run.stage, batchnorm="eval")
     before = [norm.running_mean.clone() for norm in batch_norms(run.state.model)]
-    mix_statistics(run)
+    assert not mix_statistics(run)
     assert all(torch.equal(a, norm.running_mean) for a, norm in zip(before, batch_norms(run.state.model), strict=True))
 
 
@@ -208,6 +208,13 @@ def test_a_run_trains_as_without_and_ends_with_them(finished: dict[str, Path]) -
     settings = [json.loads((finished[name] / "settings.json").read_text()) for name in ("running", "mixed")]
     assert [one.pop("bn_statistics") for one in settings] == ["running", "mixed"]
     assert settings[0] == settings[1]
+
+
+def test_result_and_page_say_so(finished: dict[str, Path]) -> None:
+    for name in ("running", "mixed"):
+        assert json.loads((finished[name] / "result.json").read_text())["bn_statistics"] == name
+        page = (finished[name] / "report.html").read_text()
+        assert ("statistics were made anew after the last epoch" in page) == (name == "mixed")
 
 
 def test_a_run_that_was_killed_at_its_very_end_makes_them_again(finished: dict[str, Path], tmp_path: Path) -> None:

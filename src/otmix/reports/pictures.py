@@ -108,4 +108,7 @@ def curve_pictures(record: RunRecord) -> Iterator[Picture]:
     from otmix.reports.figures import curves
 
     if any(line.get("loss") is not None for line in record.history):
-        yield Picture.of(curves(record.history), "Training, epoch by epoch.", wide=True)
+        caption = "Training, epoch by epoch."
+        if record.result.get("bn_statistics") == "mixed":
+            caption += " BatchNorm's statistics were made anew after the last epoch, so the result is not that epoch's."
+        yield Picture.of(curves(record.history), caption, wide=True)

@@ -30,8 +30,7 @@ def finish(run: RunState, plan: Plan) -> None:
         from safetensors.torch import load_file
 
         run.state.model.load_state_dict(load_file(best_path(run)))
-    if plan.protocol.bn_statistics == "mixed":
-        mix_statistics(run)
+    remade = plan.protocol.bn_statistics == "mixed" and mix_statistics(run)
     items = items_of(split_of(dataset, config.final_split))
     store = plan.store(config.final_split, run.fabric, run.reporter.loading)
     evaluation, probabilities = evaluate(run, plan, store, items)
@@ -51,6 +50,7 @@ def finish(run: RunState, plan: Plan) -> None:
         "set": config.to_dict()["set"],
         "looks_at_test": plan.looks_at_test() if saw is None else saw,
         "confusion": None if run.confusion is None else str(run.confusion.origin),
+        "bn_statistics": "mixed" if remade else "running",
         # how many epochs the model has had; rows of metrics.jsonl, and `best`, count them from 0
         "headline_epoch": run.best["epoch"] + 1 if run.best is not None else config.epochs,
         "data": dataset.name,

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def mix_statistics(run: RunState) -> None:
+def mix_statistics(run: RunState) -> bool:
     """Make the running statistics of BatchNorm the means over the last epoch with mixing, with the weights as they are
     now.
 
     The batches are those of that epoch: the same images, shares and boxes; transport asks the model as it is now. Each
     counts equally, mixed or not, in place of the moving average over whatever came last ("precise" statistics: Wu &
-    Johnson 2021, section 3). Nothing changes where no epoch was mixed, no BatchNorm keeps statistics, or the stage
-    leaves them as they were.
+    Johnson 2021, section 3). Returns whether they changed: not where no epoch was mixed, no BatchNorm keeps statistics,
+    or the stage leaves them as they were.
     """
     mixer, model, stage = run.state.mixer, run.state.model, run.stage
     epoch = None if mixer is None else mixer.schedule.last_epoch(stage.epochs)
     if mixer is None or epoch is None or stage.batchnorm == "eval" or not batch_norms(model):
-        return
+        return False
     measured = copy.deepcopy(model).train()  # transport keeps looking at the model with the statistics it has
     for norm in batch_norms(measured):
         norm.reset_running_stats()
@@ -46,3 +46,4 @@ def mix_statistics(run: RunState) -> None:
         for name in ("running_mean", "running_var"):
             value = getattr(found, name)
             getattr(norm, name).copy_(value if add_up is None else add_up(value) / run.fabric.world_size)
+    return True
