@@ -424,7 +424,7 @@ def test_methods_explains_every_setting(name: str, capsys: pytest.CaptureFixture
     method = parse_method(name)
     for setting, _, meaning, source in method.settings(Protocol()):
         row = next(line for line in lines if line.split()[:1] == [setting])
-        values = [getattr(protocol, setting) for protocol in PROTOCOLS.values()]
+        values = [getattr(method.adjusted(protocol), setting) for protocol in PROTOCOLS.values()]
         cells = row.split()[1:]
         if isinstance(values[0], float):
             assert [float(cell) for cell in cells] == pytest.approx(values, rel=1e-3)

@@ -1,5 +1,6 @@
 """A run of two stages: what the second resets, freezes and keeps; the checkpoint knows which stage it is in."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def test_the_second_stage_trains_the_head_alone(tmp_path: Path, monkeypatch: pyt
     train(replace(CONFIG, out=str(tmp_path / "one")))
     before = load_file(tmp_path / "one" / "model.safetensors")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"head"}  # not the backbone's weights, nor BatchNorm's running statistics
+    # not the backbone's weights, nor BatchNorm's statistics, which the first stage made anew at its end
+    assert changed == {"head"}
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["bn_statistics"] == "mixed"
     history = load_checkpoint(tmp_path / "two" / "checkpoint.pt")["history"]
     assert [(row["stage"], row["epoch"]) for row in history] == [("ce+otmix", e) for e in range(3)] + [
         ("head", e) for e in range(2)

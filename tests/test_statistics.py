@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
 from otmix.errors import UserError
+from otmix.methods import parse_method
 from otmix.mixer import MixSchedule
 from otmix.pairing import PairingContext
-from otmix.protocols import Overrides
+from otmix.protocols import Overrides, ProtocolName
 from otmix.training import train
 from otmix.training.build import build_run
 from otmix.training.launch import make_fabric
@@ -105,7 +106,7 @@ def test_they_are_the_means_over_the_batches_of_the_last_mixed_epoch(
         for batch in images:
             model(batch)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
-    assert mix_statistics(run)
+    mix_statistics(run)
     assert seen
     for name, module in run.state.model.named_modules():
         if name in seen:
@@ -152,7 +153,7 @@ def test_without_mixing_nothing_changes(
 ) -> None:
     run = trained(digits, tmp_path, 1, method=method, set=Overrides(**setting))
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
-    assert not mix_statistics(run)
+    mix_statistics(run)
     assert all(torch.equal(before[name], value) for name, value in run.state.model.state_dict().items())
 
 
@@ -160,7 +161,7 @@ def test_statistics_that_a_stage_leaves_alone_stay(digits: ImageDataset, tmp_pat
     run = trained(digits, tmp_path, 1)
     run.stage = replace(run.stage, batchnorm="eval")
     before = [norm.running_mean.clone() for norm in batch_norms(run.state.model)]
-    assert not mix_statistics(run)
+    mix_statistics(run)
     assert all(torch.equal(a, norm.running_mean) for a, norm in zip(before, batch_norms(run.state.model), strict=True))
 
 
@@ -256,3 +257,28 @@ def test_where_it_would_change_nothing_or_harm_it_is_refused(config: RunConfig, 
     with pytest.raises(UserError, match=message):
         train(replace(config, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "expected"),
+    [
+        ("cmo", "clean", "mixed"),
+        ("otmix", "clean", "mixed"),
+        ("ldam-drw+cmo", "clean", "mixed"),
+        ("ldam-drw+otmix", "clean", "running"),
+        ("balanced-softmax+otmix", "clean", "running"),
+        ("ride-ce+otmix", "clean", "running"),
+        ("ride+cmo", "clean", "running"),
+        ("ce+cutmix", "clean", "running"),
+        ("ce+confusion", "clean", "mixed"),
+        ("otmix", "paper", "running"),
+        ("cmo", "official", "running"),
+    ],
+)
+def test_the_default_is_what_was_measured(method: str, protocol: ProtocolName, expected: str) -> None:
+    assert parse_method(method).protocol(protocol).bn_statistics == expected
+
+
+def test_the_default_gives_way_to_a_model_that_is_chosen() -> None:
+    chosen = parse_method("otmix").protocol("clean", Overrides(headline="best-on-test"))
+    assert (chosen.headline, chosen.bn_statistics) == ("best-on-test", "running")

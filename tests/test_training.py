@@ -719,7 +719,8 @@ def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.
 
     run_dir = train(replace(TINY, out=str(tmp_path / "run")), Listener())  # type: ignore[arg-type]
     story = [name for name, _ in told if name != "loading"]
-    assert story == ["start", *(["step"] * 5 + ["looking", "epoch"]) * 3, "looking", "looking", "finish", "close"]
+    epochs, statistics, result = ["step"] * 5 + ["looking", "epoch"], ["looking"] * 5, ["looking"] * 2
+    assert story == ["start", *epochs * 3, *statistics, *result, "finish", "close"]
     assert [arguments[0] for name, arguments in told if name == "epoch"] == log(run_dir)
     steps = [arguments[0] for name, arguments in told if name == "step"]
     places = [(step.epoch, step.step, step.steps) for step in steps]

@@ -18,6 +18,7 @@ from otmix.methods.parts import (
     PIXEL_PARTS,
     REBALANCING_DEFAULTS,
     REBALANCING_PARTS,
+    RUNNING_STATISTICS,
     SECOND_STREAM_DEFAULTS,
     UNMIXED_DEFAULTS,
     PairingName,
@@ -171,9 +172,12 @@ class Method:
         if self.pixels is None:
             return UNMIXED_DEFAULTS
         if self.pairing == "within-batch":
-            return PIXEL_DEFAULTS.get(self.pixels, {})
+            return PIXEL_DEFAULTS.get(self.pixels, {}) | RUNNING_STATISTICS
         own = SECOND_STREAM_DEFAULTS.get(self.pixels, {})
-        return own | CONFUSION_DEFAULTS if self.pairing == "confusion" else own
+        if self.pairing == "confusion":
+            own = own | CONFUSION_DEFAULTS
+        at_random_or_plain = self.pairing == "index" or base_name(self) == "ce"
+        return own if self.architecture == "plain" and at_random_or_plain else own | RUNNING_STATISTICS
 
     def adjusted(self, protocol: Protocol) -> Protocol:
         """The protocol with this method's own defaults."""

@@ -245,6 +245,14 @@ UNMIXED_DEFAULTS: dict[str, tuple[object, str]] = {
     "weighted_mean": ("weighted-mean", "LDAM's and RIDE's code, by F.cross_entropy with weights"),
 }
 
+RUNNING_STATISTICS: dict[str, tuple[object, str]] = {
+    "bn_statistics": (
+        "running",
+        "as in all papers and codes; mixed was better (results/README.md) for foregrounds from the second stream, at "
+        "random with each loss that was tried, by transport with plain cross-entropy alone",
+    )
+}
+
 # What a pixel rule's own paper or code does differently from the protocols (which speak of OTmix and CMO), as
 # (value, source): it holds where the rule mixes a batch with itself.
 _WHOLE_RUN = {"mix_from": (0.0, "no margin in its code"), "mix_until": (1.0, "no margin in its code")}

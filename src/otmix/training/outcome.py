@@ -17,7 +17,6 @@ from otmix.training.pictures import draw_pictures
 from otmix.training.processes import summed
 from otmix.training.records import environment, read_environment
 from otmix.training.setup import Plan, split_of
-from otmix.training.statistics import mix_statistics
 from otmix.training.watching import evaluate, save_weights
 
 
@@ -30,7 +29,6 @@ def finish(run: RunState, plan: Plan) -> None:
         from safetensors.torch import load_file
 
         run.state.model.load_state_dict(load_file(best_path(run)))
-    remade = plan.protocol.bn_statistics == "mixed" and mix_statistics(run)
     items = items_of(split_of(dataset, config.final_split))
     store = plan.store(config.final_split, run.fabric, run.reporter.loading)
     evaluation, probabilities = evaluate(run, plan, store, items)
@@ -42,6 +40,7 @@ def finish(run: RunState, plan: Plan) -> None:
     _save_arrays(run, items.labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
+    remade = any(stage.statistics_epoch(run.state.model) is not None for stage in plan.stages)
     saw = read_environment(run.run_dir).get("looks_at_test")  # runs of before have not noted it
     result = {
         "method": method.name,

@@ -36,6 +36,7 @@ from otmix.training.reporter import Reporter, RunInfo, Silent
 from otmix.training.runs import has_begun, is_finished, run_dir_of
 from otmix.training.setup import Plan, load_data, prepare, split_of
 from otmix.training.stage import Stage
+from otmix.training.statistics import mix_statistics
 from otmix.wording import counted
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
             restore(run, saved)
         reporter.start(_info(plan, run, run.epoch if resumed else None))
         fit(run)
+        mix_statistics(run)
     assert run is not None  # a plan has at least one stage
     finish(run, plan)
     return run_dir

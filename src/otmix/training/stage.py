@@ -104,6 +104,7 @@ class Stage:
             stage before ended.
         trains: prefixes of parameters that are trained; the rest are frozen.
         batchnorm: "train", or "eval" to keep running statistics as they are.
+        bn_statistics: "running", or "mixed" to make them anew at the end of the stage (`mix_statistics`).
     """
 
     name: str
@@ -121,6 +122,7 @@ class Stage:
     reset: tuple[str, ...] = ()
     trains: tuple[str, ...] = ("",)
     batchnorm: Literal["train", "eval"] = "train"
+    bn_statistics: Literal["running", "mixed"] = "running"
     step: Step = mix_and_classify
 
     def prepare(self, model: nn.Module, seed: int) -> None:
@@ -131,6 +133,12 @@ class Stage:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.trains))
         self.set_modes(model)
+
+    def statistics_epoch(self, model: nn.Module) -> int | None:
+        """The epoch over whose batches BatchNorm's statistics are made anew at the end; None where they stay."""
+        if self.mixer is None or self.bn_statistics == "running" or self.batchnorm == "eval" or not batch_norms(model):
+            return None
+        return self.mixer.schedule.last_epoch(self.epochs)
 
     def set_modes(self, model: nn.Module) -> None:
         """The mode of each module during a training step."""

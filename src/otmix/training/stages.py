@@ -49,6 +49,7 @@ def build_stages(
         mixer=build_mixer(method, protocol, counts, config.set),
         reweighting=reweighting,
         reduction=protocol.weighted_mean,
+        bn_statistics=protocol.bn_statistics,
         step=bbn_step if method.architecture == "bbn" else mix_and_classify,
     )
     return (only,)
