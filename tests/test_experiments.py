@@ -1046,6 +1046,21 @@ def test_the_picture_has_the_losses_that_were_trained_alone_and_with_a_mixer(tmp
     np.testing.assert_allclose(drawn, [25, 30, 35, 40, 50])
 
 
+def test_a_setting_with_one_loss_is_drawn_where_all_three_have_seeds(tmp_path: Path) -> None:
+    for method in ("erm", "cmo", "otmix"):
+        for seed in range(3):
+            if (method, seed) != ("otmix", 2):
+                write_unit(
+                    finish_run(replace(BASE, method=method, seed=seed, out=str(tmp_path / f"{method}-{seed}")), 0.3),
+                    tmp_path,
+                )
+    with pytest.raises(UserError, match="nothing to draw"):
+        results_picture(read_units(tmp_path))
+    write_unit(finish_run(replace(BASE, method="otmix", seed=2, out=str(tmp_path / "last")), 0.3), tmp_path)
+    (axes,) = results_picture(read_units(tmp_path)).axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["ERM"]
+
+
 def test_the_command_draws_a_picture_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "results.png"
     assert main([str(tmp_path / "none"), "--picture", str(picture)]) == 2

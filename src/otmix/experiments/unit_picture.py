@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
     from otmix.reports.figures import Panel
 
+SEEDS = 3
+"""Of a setting with one loss so many are drawn, not fewer."""
 _SERIES = {None: "alone", "cmo": "CMO", "otmix": "OTmix"}
 
 
 def results_picture(units: Iterable[Unit]) -> Figure:
-    """The losses that were trained alone and with CMO or OTmix, in a panel for each setting that has several of them.
+    """The losses that were trained alone and with CMO or OTmix, in a panel for each setting that has several of them,
+    or one of which all three are there, `SEEDS` times each.
 
     Runs that changed a setting of their method, and protocols other than clean, are left to the tables. The label says
     how many runs there are, with a hash of their errors. Raises UserError where nothing is left.
@@ -33,16 +36,24 @@ def results_picture(units: Iterable[Unit]) -> Figure:
         if unit["config"]["protocol"] == "clean" and not changed_settings(unit):
             settings.setdefault(setting_of(unit), []).append(unit)
     ordered = sorted(settings.values(), key=lambda same: (heading(same[0]), json.dumps(same[0]["config"])))
-    panels = [panel for same in ordered if len((panel := _panel(same)).groups) > 1]
+    panels = [panel for same in ordered if _worth_drawing(panel := _panel(same))]
     if not panels:
         raise UserError(
-            "there is nothing to draw: no setting has two losses that were trained alone and with CMO or OTmix"
+            "there is nothing to draw: no setting has two losses that were trained alone and with CMO or OTmix, or one "
+            f"that was trained alone and with both, {SEEDS} times each"
         )
     figure = seed_dots(panels)
     runs = sum(len(errors) for panel in panels for series in panel.groups.values() for errors in series.values())
     digest = hashlib.blake2b(json.dumps([asdict(panel) for panel in panels]).encode(), digest_size=6).hexdigest()
     figure.set_label(f"{runs} runs, {digest}")
     return figure
+
+
+def _worth_drawing(panel: Panel) -> bool:
+    repeated = (
+        len(series) == len(_SERIES) and min(map(len, series.values())) >= SEEDS for series in panel.groups.values()
+    )
+    return len(panel.groups) > 1 or any(repeated)
 
 
 def _panel(units: Sequence[Unit]) -> Panel:
