@@ -111,7 +111,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
+        lock = (run_dir / ".lock").open("ab")
     except OSError as error:
         raise UserError(f"cannot write into {run_dir}: {error.strerror}; choose another folder with --out") from error
     with lock:

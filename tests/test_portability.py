@@ -1,0 +1,50 @@
+"""What other systems do otherwise, as far as Linux can show it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = ["--method", "erm", "--epochs", "2", "--max-per-class", "40", "--accelerator", "cpu"]
+
+WITHOUT_POSIX = """
+import os, platform, signal, sys, warnings
+import lightning.fabric, torch  # they look for some of these when they are imported
+platform.uname()
+for name in ("fcntl", "resource", "pty", "termios", "pwd", "grp"):
+    sys.modules[name] = None  # importing it is an ImportError
+for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "pthread_kill", "pthread_sigmask"):
+    delattr(signal, name)
+for name in ("fork", "geteuid", "getuid", "getpgid", "setsid", "killpg", "sched_getaffinity", "uname", "sysconf"):
+    delattr(os, name)
+# the encoding of a text there is another one on each machine
+warnings.filterwarnings("error", category=EncodingWarning, module="otmix")
+"""
+STOPS_AFTER_ITS_FIRST_CHECKPOINT = """
+import otmix.training.loop as loop
+save = loop.save
+def save_and_stop(run):
+    save(run)
+    signal.raise_signal(signal.SIGINT)
+loop.save = save_and_stop
+"""
+
+
+def otmix(*argv: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own, in which `before` is run first."""
+    code = f"{before}\nimport sys\nfrom otmix.cli import main\nsys.exit(main())"
+    command = [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning", "-c", code, *argv]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, check=False, timeout=120)
+
+
+def test_a_run_is_stopped_resumed_and_used_where_nothing_of_posix_is(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    stopped = otmix("train", *SMALL, "--out", run, before=WITHOUT_POSIX + STOPS_AFTER_ITS_FIRST_CHECKPOINT)
+    assert (stopped.returncode, b"the run is saved" in stopped.stderr) == (130, True), stopped.stderr.decode()
+    resumed = otmix("train", "--resume", "--out", run, before=WITHOUT_POSIX)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert (Path(run) / "report.html").is_file()
+    evaluated = otmix("evaluate", run, before=WITHOUT_POSIX)
+    assert evaluated.returncode == 0, evaluated.stderr.decode()
