@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from otmix.config import RunConfig
+from otmix.experiments import jobs
+from otmix.interrupts import PARENT_ON_STDIN
 
 SMALL = ["--method", "erm", "--epochs", "2", "--max-per-class", "40", "--accelerator", "cpu"]
 
@@ -48,3 +55,42 @@ def test_a_run_is_stopped_resumed_and_used_where_nothing_of_posix_is(tmp_path: P
     assert (Path(run) / "report.html").is_file()
     evaluated = otmix("evaluate", run, before=WITHOUT_POSIX)
     assert evaluated.returncode == 0, evaluated.stderr.decode()
+
+
+def test_the_end_of_the_parent_lets_a_process_save_on_windows_too() -> None:
+    """`os.kill` ends it there; and whatever it starts would hang with the pipe that it reads."""
+    code = """
+import os, subprocess, sys, time
+from otmix.interrupts import end_with_parent, interruptible
+with interruptible():
+    try:
+        end_with_parent()
+        started = subprocess.run([sys.executable, "-c", "import sys; print(repr(sys.stdin.read()))"], timeout=20)
+        sys.platform, os.kill = "win32", lambda *_: os._exit(1)
+        print("begun", flush=True)
+        for _ in range(1200):
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        print("saved", flush=True)
+"""
+    pipe = subprocess.PIPE
+    environment = {**os.environ, PARENT_ON_STDIN: "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["''\n", "begun\n"]
+        process.stdin.close()
+        assert process.stdout.read() == "saved\n"
+
+
+def test_a_comparison_that_is_stopped_terminates_nothing_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it would end the runs before they can save."""
+    code = "import pathlib, sys; sys.stdin.read(); pathlib.Path(sys.argv[1]).touch()"
+    monkeypatch.setattr(jobs, "command", lambda file, imports: [sys.executable, "-c", code, str(tmp_path / "saved")])
+    monkeypatch.setattr(sys, "platform", "win32")
+    config = RunConfig(out=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train_in_processes([config], 1, lambda *_: None, tick=lambda: signal.raise_signal(signal.SIGINT))
+    assert (tmp_path / "saved").exists()

@@ -34,6 +34,12 @@ class _Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
 
+    def ask_to_end(self) -> None:
+        if sys.platform == "win32":  # where `terminate` lets no process save, but this does (`end_with_parent`)
+            self.close()
+        else:
+            self.process.terminate()
+
 
 def train_in_processes(
     configs: Sequence[RunConfig],
@@ -137,7 +143,7 @@ def _error(child: _Child) -> str | None:
 def _stop(running: Sequence[_Child]) -> None:
     """Ask processes to save and end, and wait for them."""
     for child in running:
-        child.process.terminate()
+        child.ask_to_end()
     try:
         for child in running:
             child.process.wait()
