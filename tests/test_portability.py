@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from otmix import files
 from otmix.config import RunConfig
+from otmix.errors import UserError
 from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
+from otmix.streams import nobody_listens
+from otmix.training import launch
+from otmix.training.processes import StopRequest
 
 SMALL = ["--method", "erm", "--epochs", "2", "--max-per-class", "40", "--accelerator", "cpu"]
 
@@ -94,3 +100,59 @@ def test_a_comparison_that_is_stopped_terminates_nothing_on_windows(
     with pytest.raises(KeyboardInterrupt):
         jobs.train_in_processes([config], 1, lambda *_: None, tick=lambda: signal.raise_signal(signal.SIGINT))
     assert (tmp_path / "saved").exists()
+
+
+def test_ctrl_c_in_a_console_of_windows_terminates_no_process_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them have heard it, and save."""
+    terminated: list[int] = []
+
+    class Process:
+        def terminate(self) -> None:
+            terminated.append(1)
+
+    class Context:
+        processes = (Process(),)
+        joined = 0
+
+        def join(self, timeout: float, grace_period: float) -> bool:
+            self.joined += 1
+            return self.joined == 4
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    for number, expected in ((signal.SIGINT, []), (signal.SIGTERM, [1])):
+        stop = StopRequest()
+        with stop.listening():
+            signal.raise_signal(number)
+        assert launch._failures(Context(), stop) == []  # type: ignore[arg-type]
+        assert terminated == expected
+
+
+def test_a_file_that_another_process_looks_at_is_replaced_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows does not allow it meanwhile."""
+    path, replace, refusals = tmp_path / "checkpoint.pt", os.replace, iter(range(3))
+
+    def refuse_at_first(source: Path, target: Path) -> None:
+        if next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_at_first)
+    monkeypatch.setattr(files, "BUSY_SECONDS", 2.0)
+    files.write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "new"
+    monkeypatch.setattr(files, "BUSY_SECONDS", 0.1)
+    refusals = iter(range(1000))
+    with pytest.raises(UserError, match="cannot access the file"):
+        files.write_text(path, "newer")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(UserError, match="is a folder; name a file with --out"):
+        files.write_text(tmp_path, "a file in the place of a folder")
+
+
+def test_a_pipe_that_nobody_reads_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.EINVAL, "Invalid argument")
+    assert not nobody_listens(error, sys.stdout)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert nobody_listens(error, sys.stdout)

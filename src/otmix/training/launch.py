@@ -258,6 +258,8 @@ def _failures(context: ProcessContext, stop: StopRequest) -> list[ProcessExcepti
                 failures.append(failure)
             if stop.requested and not passed_on:
                 passed_on = True
+                if sys.platform == "win32" and stop.number == signal.SIGINT:
+                    continue  # a console says it to all of its processes, and `terminate` would not let them save
                 for process in context.processes:
                     process.terminate()  # in the loop it saves and stops, elsewhere it ends at once
     except KeyboardInterrupt:
