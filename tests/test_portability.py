@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from otmix import files
 from otmix.config import RunConfig
+from otmix.config_file import read_values
 from otmix.errors import UserError
 from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
@@ -156,3 +159,49 @@ def test_a_pipe_that_nobody_reads_on_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert not nobody_listens(error, sys.stdout)
     monkeypatch.setattr(sys, "platform", "win32")
     assert nobody_listens(error, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two classes, of which a Windows codepage of the west can write one."""
+    folder = tmp_path_factory.mktemp("frogs")
+    for name, grey in (("蛙", 0), ("kröte", 200)):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), grey + i).save(folder / "photos" / name / f"{name}{i}.png")
+    argv = ["--data", "folder", "--root", str(folder / "photos"), *SMALL]
+    done = otmix("train", *argv, "--backbone", "resnet8", "--out", str(folder / "run"), PYTHONIOENCODING="cp437")
+    assert done.returncode == 0, done.stderr.decode("cp437")
+    return folder / "run"
+
+
+def test_nothing_is_lost_in_a_file_that_a_windows_shell_writes(run: Path) -> None:
+    """What is redirected there is in a codepage of 256 letters."""
+    photos = str(run.parent / "photos" / "蛙")
+    listed = otmix("predict", str(run), photos, PYTHONIOENCODING="cp1252").stdout.decode("cp1252")
+    assert [line.split(",")[0].rpartition("/")[2] for line in listed.splitlines()[1:]] == [
+        f"\\u86d9{i}.png" for i in range(4)
+    ]
+    listed = otmix("predict", str(run), photos, "--format", "jsonl", PYTHONIOENCODING="cp1252").stdout.decode("cp1252")
+    assert [Path(json.loads(line)["file"]).name for line in listed.splitlines()] == [f"蛙{i}.png" for i in range(4)]
+    measured = otmix("evaluate", str(run), "--json", PYTHONIOENCODING="cp1252").stdout.decode("cp1252")
+    assert json.loads(measured)["class_names"] == ["kröte", "蛙"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_settings_come_back_from_a_file_that_a_windows_shell_wrote(encoding: str, tmp_path: Path) -> None:
+    """PowerShell's `>` writes UTF-16, that of cmd.exe what it is given."""
+    written = "utf-8" if encoding.startswith("utf") else encoding
+    argv = ["train", "--data", "folder", "--root", "kröten und 蛙", "--print_config"]
+    printed = otmix(*argv, PYTHONIOENCODING=written).stdout.decode(written)
+    (tmp_path / "mine.yaml").write_bytes(printed.encode(encoding))
+    assert read_values(tmp_path / "mine.yaml")["root"] == "kröten und 蛙"
+
+
+def test_a_sentence_of_a_process_is_read_as_it_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # the default on Windows
+    code = "import sys; sys.stderr.write('otmix: the images of the kröte are gone'); sys.exit(2)"
+    monkeypatch.setattr(jobs, "command", lambda file, imports: [sys.executable, "-c", code])
+    said: list[str | None] = []
+    jobs.train_in_processes([RunConfig(out=str(tmp_path / "run"))], 1, lambda config, error: said.append(error))
+    assert said == ["the images of the kröte are gone"]

@@ -78,6 +78,11 @@ class _Lasting:
         self.alone = True
 
 
+def takes_all_letters(stream: TextIO) -> bool:
+    """Not where its encoding has 256 of them, as files and pipes have on Windows."""
+    return (stream.encoding or "utf-8").lower().startswith("utf")
+
+
 def lasting(stream: TextIO) -> TextIO:
     """`stream` for whoever must go on when nobody reads it any more: what trains outlives what shows it."""
     # under rich's live displays, sys.stdout is one of its own around the real one

@@ -18,7 +18,7 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import import_files
 from otmix.methods import check_settings, parse_method
-from otmix.streams import tell
+from otmix.streams import takes_all_letters, tell
 from otmix.wording import counted
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
@@ -163,7 +163,7 @@ def evaluate(
         found = evaluate_run(run, split, accelerator, root, reporter)
     if json:
         named = {"class_names": read_data(run)["class_names"]}
-        sys.stdout.write(json_module.dumps(found | named, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_module.dumps(found | named, ensure_ascii=not takes_all_letters(sys.stdout)) + "\n")
     else:
         print_table(stdout_console(), result_table({**read_result(run), "split": split, "evaluation": found}))
     return 0
@@ -236,6 +236,8 @@ def predict(
             text.detach()  # flushes, and leaves the file open for who opened it
 
         if out is None:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # a ? would be another file's name
             write(sys.stdout)
         else:
             write_atomic(out, write_bytes)

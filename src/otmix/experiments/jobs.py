@@ -98,6 +98,7 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
         **{name: str(_threads(name, at_once)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
         "COLUMNS": "2000",
         "NO_COLOR": "1",
+        "PYTHONIOENCODING": "utf-8",  # as the log is read
         COMMAND: recorded_command(),
         PARENT_ON_STDIN: "1",
     }
