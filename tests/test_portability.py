@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from otmix.interrupts import PARENT_ON_STDIN
 from otmix.streams import nobody_listens
 from otmix.training import launch
 from otmix.training.processes import StopRequest
+from otmix.wording import command_line
 
 SMALL = ["--method", "erm", "--epochs", "2", "--max-per-class", "40", "--accelerator", "cpu"]
 
@@ -205,3 +207,29 @@ def test_a_sentence_of_a_process_is_read_as_it_was_said(tmp_path: Path, monkeypa
     said: list[str | None] = []
     jobs.train_in_processes([RunConfig(out=str(tmp_path / "run"))], 1, lambda config, error: said.append(error))
     assert said == ["the images of the kröte are gone"]
+
+
+def test_a_command_to_repeat_is_one_that_windows_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "otmix",
+        "train",
+        "--out",
+        r"runs\photos",
+        "--root",
+        "C:\\my photos\\",
+        "--method",
+        "a&b",
+        "--x",
+        'say "b"',
+    ]
+    assert shlex.split(command_line(words)) == words
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert command_line(words) == (
+        r'otmix train --out runs\photos --root "C:\my photos\\" --method "a&b" --x "say \"b\""'
+    )
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on_on_windows(tmp_path: Path) -> None:
+    code = WITHOUT_POSIX + STOPS_AFTER_ITS_FIRST_CHECKPOINT.replace("save(run)", "save(run); sys.platform = 'win32'", 1)
+    said = otmix("train", *SMALL, "--out", str(tmp_path / "a run"), before=code).stderr.decode()
+    assert said.splitlines()[-1] == f'  otmix train --resume --out "{tmp_path / "a run"}"'
