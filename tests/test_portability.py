@@ -9,20 +9,27 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from otmix import files
+from otmix.__main__ import main as command
 from otmix.config import RunConfig
 from otmix.config_file import read_values
+from otmix.data import ArraySource, WorkerStore
 from otmix.errors import UserError
+from otmix.evaluation import evaluate_predictions
 from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
 from otmix.streams import nobody_listens
 from otmix.training import launch
 from otmix.training.processes import StopRequest
+from otmix.types import Items
 from otmix.wording import command_line
 
 SMALL = ["--method", "erm", "--epochs", "2", "--max-per-class", "40", "--accelerator", "cpu"]
@@ -233,3 +240,56 @@ def test_a_run_that_is_stopped_says_how_to_go_on_on_windows(tmp_path: Path) -> N
     code = WITHOUT_POSIX + STOPS_AFTER_ITS_FIRST_CHECKPOINT.replace("save(run)", "save(run); sys.platform = 'win32'", 1)
     said = otmix("train", *SMALL, "--out", str(tmp_path / "a run"), before=code).stderr.decode()
     assert said.splitlines()[-1] == f'  otmix train --resume --out "{tmp_path / "a run"}"'
+
+
+class Interrupting(ArraySource):
+    """Whoever reads an image of it hears Ctrl-C."""
+
+    def read(self, index: int, at_least: int | None = None) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().read(index, at_least)
+
+
+@pytest.fixture
+def spawning() -> Iterator[None]:
+    """Processes begin anew, as on Windows and macOS, rather than as copies of this one."""
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    yield
+    torch.multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("spawning")
+def test_processes_that_begin_anew_read_images_and_leave_ctrl_c_to_who_trains() -> None:
+    images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
+    store = WorkerStore(Interrupting(images, torch.arange(4)), 8, "cpu", workers=1)
+    (batch,) = store.stream([(Items(torch.tensor([2, 1]), torch.tensor([2, 1])), None)])
+    assert torch.equal(batch.images, images[[2, 1]] / 255)
+
+
+def test_no_fortran_answers_ctrl_c_in_our_place_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "FOR_DISABLE_CONSOLE_CTRL_HANDLER"  # github.com/ContinuumIO/anaconda-issues/issues/905
+    monkeypatch.setenv(name, "")  # so that it is put back
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["otmix", "--version"])
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert command() == 0
+    assert os.environ[name] == "1"
+
+
+class OfMetal(torch.Tensor):
+    """A tensor of a GPU of Apple: it comes to the CPU in its own dtype, and has no float64."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.double or torch.float64 in args[1:]:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_probabilities_of_apples_gpus_are_judged() -> None:
+    said = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    found = evaluate_predictions(said.as_subclass(OfMetal), torch.tensor([0, 0]), None)
+    assert found.to_dict() == evaluate_predictions(said, torch.tensor([0, 0]), None).to_dict()
