@@ -59,6 +59,8 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
         flags |= read
         imports += lists.get(IMPORT, [])
         methods = lists.get(METHODS, methods)
+    if all(a.bare is Path for a in arguments if a.positional):
+        typed.positional = [from_home(text) for text in typed.positional]  # cmd.exe leaves ~ as it is
     if any(a.key == METHODS for a in arguments):
         typed.positional = typed.positional or methods
     if any(a.key == "imports" for a in arguments):
