@@ -19,9 +19,12 @@ from PIL import Image
 
 from otmix import files
 from otmix.__main__ import main as command
+from otmix.cli.commands import predict
+from otmix.cli.parsing import parse
 from otmix.config import RunConfig
 from otmix.config_file import read_values
 from otmix.data import ArraySource, WorkerStore
+from otmix.data.folder import load_folder
 from otmix.errors import UserError
 from otmix.evaluation import evaluate_predictions
 from otmix.experiments import jobs
@@ -293,3 +296,22 @@ def test_probabilities_of_apples_gpus_are_judged() -> None:
     said = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     found = evaluate_predictions(said.as_subclass(OfMetal), torch.tensor([0, 0]), None)
     assert found.to_dict() == evaluate_predictions(said, torch.tensor([0, 0]), None).to_dict()
+
+
+def test_a_stick_with_a_folder_for_each_class(tmp_path: Path) -> None:
+    for name in ("bee", "ant", "$RECYCLE.BIN", "System Volume Information"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    assert load_folder(tmp_path).class_names == ("ant", "bee")
+
+
+def test_home_is_known_where_no_shell_writes_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call = parse("predict", predict, ["~/run", "~/photos", "photos"])
+    assert call.positional == (tmp_path / "run", [tmp_path / "photos", Path("photos")])
+
+
+def test_bars_are_drawn_with_what_the_encoding_has() -> None:
+    drawn = otmix("data", PYTHONIOENCODING="cp1252").stdout.decode("cp1252")
+    assert "#" * 40 in drawn
+    assert "?" not in drawn
