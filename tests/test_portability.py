@@ -315,3 +315,12 @@ def test_bars_are_drawn_with_what_the_encoding_has() -> None:
     drawn = otmix("data", PYTHONIOENCODING="cp1252").stdout.decode("cp1252")
     assert "#" * 40 in drawn
     assert "?" not in drawn
+
+
+def test_where_there_is_no_compiler_nothing_is_compiled(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    failed = otmix("train", *SMALL, "--compile", "--out", folder, CXX="none", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert failed.returncode == 2
+    said = failed.stderr.decode()
+    assert said.startswith("otmix: --compile does not work here (InvalidCxxCompiler: ")
+    assert said.count("\n") == 1

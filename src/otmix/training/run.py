@@ -159,6 +159,12 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
         except RuntimeError as error:
             if "DefaultCPUAllocator" in str(error):  # which has no exception of its own
                 raise UserError("the memory does not suffice; choose a smaller --batch-size or --image-size") from error
+            if plan.config.compile and type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+                reason = str(error).partition("\n")[0].rstrip(". ")
+                raise UserError(
+                    f"--compile does not work here ({reason}); leave it out, or install the C++ compiler that it "
+                    "needs, on Windows that of Visual Studio, whose own command prompt must be used then"
+                ) from error
             if (told := dead_reader(error)) is None:
                 raise
             raise told from error
