@@ -32,6 +32,7 @@ from otmix.interrupts import PARENT_ON_STDIN
 from otmix.streams import nobody_listens
 from otmix.training import launch
 from otmix.training.processes import StopRequest
+from otmix.training.run import alone_in
 from otmix.types import Items
 from otmix.wording import command_line
 
@@ -41,6 +42,13 @@ WITHOUT_POSIX = """
 import os, platform, signal, sys, warnings
 import lightning.fabric, torch  # they look for some of these when they are imported
 platform.uname()
+class Locks:
+    LK_NBLCK = 2
+    def locking(self, file, mode, size):
+        assert (mode, size, os.fstat(file).st_size) == (2, 1, 0)
+sys.modules["msvcrt"] = Locks()
+import otmix.training.run
+otmix.training.run.sys = type("Windows", (), {"platform": "win32"})
 for name in ("fcntl", "resource", "pty", "termios", "pwd", "grp"):
     sys.modules[name] = None  # importing it is an ImportError
 for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "pthread_kill", "pthread_sigmask"):
@@ -324,3 +332,25 @@ def test_where_there_is_no_compiler_nothing_is_compiled(tmp_path: Path) -> None:
     said = failed.stderr.decode()
     assert said.startswith("otmix: --compile does not work here (InvalidCxxCompiler: ")
     assert said.count("\n") == 1
+
+
+def test_two_processes_never_write_one_run_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [None, PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EINVAL, "Invalid argument")]
+
+    class Locks:
+        LK_NBLCK = 2
+
+        def locking(self, file: int, mode: int, size: int) -> None:
+            if (answer := answers.pop(0)) is not None:
+                raise answer
+
+    monkeypatch.setitem(sys.modules, "msvcrt", Locks())  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "platform", "win32")
+    with alone_in(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+    with pytest.raises(UserError, match="another process is training in"), alone_in(tmp_path / "run"):
+        raise AssertionError
+    with alone_in(tmp_path / "run"):  # a network drive without locks
+        pass
+    assert answers == []
