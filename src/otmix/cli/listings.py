@@ -156,7 +156,7 @@ def list_methods(console: Console) -> None:
     console.print(table)
     short = ", ".join(f"{alias} = {canonical}" for alias, canonical in m.ALIASES.items())
     console.print(f"short names: {short}", markup=False, highlight=False, soft_wrap=True)
-    rest = "Titles are names too, e.g. 'ERM-DRW + OTmix'. Where no loss is named it is ce: ride-drw = ride-ce-drw."
+    rest = 'Titles are names too, e.g. "ERM-DRW + OTmix". Where no loss is named it is ce: ride-drw = ride-ce-drw.'
     console.print(rest, markup=False, highlight=False, soft_wrap=True)
     example = m.parse_method("drw+otmix")
     console.print(f"`otmix methods {example.name}` explains {example.title}.", markup=False, highlight=False)
