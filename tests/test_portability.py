@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
 from otmix.streams import nobody_listens
 from otmix.training import launch
+from otmix.training.loop import remove_other_bests
 from otmix.training.processes import StopRequest
 from otmix.training.run import alone_in
 from otmix.types import Items
@@ -354,3 +356,22 @@ def test_two_processes_never_write_one_run_on_windows(tmp_path: Path, monkeypatc
     with alone_in(tmp_path / "run"):  # a network drive without locks
         pass
     assert answers == []
+
+
+def test_what_is_of_no_more_use_may_stay_where_another_process_looks_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows; no training ends for that."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+
+    (tmp_path / ".checkpoint.pt.1.tmp").touch()
+    (tmp_path / "best-3.safetensors").touch()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    files.remove_temporaries(tmp_path)
+    remove_other_bests(SimpleNamespace(run_dir=tmp_path, best={"epoch": 4}))  # type: ignore[arg-type]
+    monkeypatch.setattr(jobs, "command", lambda file, imports: [sys.executable, "-c", ""])
+    said: list[str | None] = []
+    jobs.train_in_processes([RunConfig(out=str(tmp_path / "run"))], 1, lambda config, error: said.append(error))
+    assert said == [None]

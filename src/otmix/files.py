@@ -102,10 +102,16 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def remove(path: Path) -> None:
+    """Delete a file that is of no more use. On Windows it may stay where another process looks at it."""
+    with suppress(PermissionError):
+        path.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what `write_atomic` was filling under `folder` when its process was killed."""
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:

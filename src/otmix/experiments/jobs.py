@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from otmix.config import RunConfig
+from otmix.files import remove
 from otmix.interrupts import PARENT_ON_STDIN
 from otmix.training.launch import cores
 from otmix.training.processes import StopRequest
@@ -126,7 +127,7 @@ def _error(child: _Child) -> str | None:
     child.close()
     code = child.process.returncode
     if code == 0:
-        child.log.unlink(missing_ok=True)
+        remove(child.log)
         return None
     try:
         text = child.log.read_text(encoding="utf-8", errors="replace")
@@ -135,7 +136,7 @@ def _error(child: _Child) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[-1].removeprefix("otmix: ") if lines else "it said nothing"
     if code == 2:
-        child.log.unlink(missing_ok=True)
+        remove(child.log)
         return said
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{said} ({how}; see {child.log})"
@@ -149,7 +150,7 @@ def _stop(running: Sequence[_Child]) -> None:
         for child in running:
             child.process.wait()
             child.close()
-            child.log.unlink(missing_ok=True)
+            remove(child.log)
     except KeyboardInterrupt:
         for child in running:
             child.process.kill()
