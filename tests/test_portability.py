@@ -375,3 +375,11 @@ def test_what_is_of_no_more_use_may_stay_where_another_process_looks_at_it(
     said: list[str | None] = []
     jobs.train_in_processes([RunConfig(out=str(tmp_path / "run"))], 1, lambda config, error: said.append(error))
     assert said == [None]
+
+
+def test_several_gpus_without_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has it on Linux alone."""
+    monkeypatch.setattr("lightning.fabric.Fabric", lambda **_: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="several GPUs need NCCL"):
+        launch.make_fabric(RunConfig(devices=2))

@@ -118,6 +118,11 @@ def make_fabric(config: RunConfig) -> Fabric:
                 f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
                 f"{config.precision}: {str(error).partition('. ')[0].rstrip('.')}; choose --accelerator auto"
             ) from error
+    if strategy == "ddp" and fabric.device.type == "cuda" and not torch.distributed.is_nccl_available():
+        raise UserError(
+            "several GPUs need NCCL, which PyTorch has on Linux alone; give --devices 1, or train in the Windows "
+            "Subsystem for Linux"
+        )
     computed = fabric.strategy.precision.precision
     if computed != config.precision:  # Lightning replaces what a device cannot do, with no more than a warning
         where = "a CPU" if fabric.device.type == "cpu" else fabric.device.type
