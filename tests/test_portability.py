@@ -31,7 +31,7 @@ from otmix.evaluation import evaluate_predictions
 from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
 from otmix.streams import nobody_listens
-from otmix.training import launch
+from otmix.training import contract, launch
 from otmix.training.loop import remove_other_bests
 from otmix.training.processes import StopRequest
 from otmix.training.run import alone_in
@@ -383,3 +383,11 @@ def test_several_gpus_without_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="several GPUs need NCCL"):
         launch.make_fabric(RunConfig(devices=2))
+
+
+def test_an_error_in_ones_own_code_is_found_behind_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows Python's own code lies in another folder than lib/python3.…"""
+    monkeypatch.setattr(os, "sep", "\\")
+    with pytest.raises(ValueError) as caught:
+        exec(compile("import json\njson.loads('{')", "mine.py", "exec"), {})
+    assert contract._told(caught.value).endswith("(mine.py, line 2)")
