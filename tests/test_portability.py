@@ -20,7 +20,7 @@ from PIL import Image
 
 from otmix import files
 from otmix.__main__ import main as command
-from otmix.cli.commands import predict
+from otmix.cli.commands import predict, train
 from otmix.cli.parsing import parse
 from otmix.config import RunConfig
 from otmix.config_file import read_values
@@ -391,3 +391,10 @@ def test_an_error_in_ones_own_code_is_found_behind_pythons(monkeypatch: pytest.M
     with pytest.raises(ValueError) as caught:
         exec(compile("import json\njson.loads('{')", "mine.py", "exec"), {})
     assert contract._told(caught.value).endswith("(mine.py, line 2)")
+
+
+def test_a_folder_in_quotes_that_ends_in_a_backslash(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Windows takes \" for a quotation mark in the name, and what follows for the rest of it."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UserError, match=r"leave out the .* at the end of a name"):
+        parse("train", train, ["--root", 'C:\\my photos" --out runs'])
