@@ -36,6 +36,7 @@ from otmix.streams import nobody_listens
 from otmix.training import contract, launch
 from otmix.training.loop import remove_other_bests
 from otmix.training.processes import StopRequest
+from otmix.training.reporter import Silent
 from otmix.training.run import alone_in
 from otmix.types import Items
 from otmix.wording import command_line
@@ -407,3 +408,13 @@ def test_a_folder_in_quotes_that_ends_in_a_backslash(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UserError, match=r"leave out the .* at the end of a name"):
         parse("train", train, ["--root", 'C:\\my photos" --out runs'])
+
+
+def test_several_processes_where_gloo_does_not_work_are_refused() -> None:
+    def launch_(work: Any) -> None:
+        raise RuntimeError("makeDeviceForHostname(): unsupported gloo device")
+
+    fabric: Any = SimpleNamespace(launch=launch_)
+    with pytest.raises(UserError, match="give --devices 1") as caught:
+        launch.launched(fabric, lambda *_: Path(), RunConfig(), Silent())
+    assert not isinstance(caught.value, launch.ConnectionLost)

@@ -175,6 +175,11 @@ def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) 
             torch.distributed.destroy_process_group()
         return run_dir
     except RuntimeError as error:  # gloo has no exception of its own
+        if "unsupported gloo device" in str(error):  # as of some versions of PyTorch on Windows
+            raise UserError(
+                "the processes of a run cannot talk to each other here, as PyTorch's Gloo does not work on this "
+                "system; give --devices 1"
+            ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             raise ConnectionLost(error) from error
         raise
