@@ -188,6 +188,7 @@ def test_a_pipe_that_nobody_reads_on_windows(monkeypatch: pytest.MonkeyPatch) ->
     assert not nobody_listens(error, sys.stdout)
     monkeypatch.setattr(sys, "platform", "win32")
     assert nobody_listens(error, sys.stdout)
+    assert not nobody_listens(OSError(errno.EINVAL, "Invalid argument", "what?.png"), sys.stdout)
 
 
 def printed(encoding: str, *argv: str) -> str:

@@ -31,8 +31,10 @@ def open_closed() -> None:
 
 def nobody_listens(error: OSError, stream: IO[str]) -> bool:
     """Whether a write failed because the reader of a pipe has gone, or the terminal has been closed."""
-    if error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL):
-        return True  # Windows has the latter for a pipe without a reader
+    if error.errno == errno.EPIPE:
+        return True
+    if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
+        return True  # so it is called there; of a name that no file may have, it comes with the name
     with suppress(OSError, ValueError):
         return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     return False
