@@ -32,6 +32,7 @@ from otmix.errors import UserError
 from otmix.evaluation import evaluate_predictions
 from otmix.experiments import jobs
 from otmix.interrupts import PARENT_ON_STDIN
+from otmix.reports.page import write_comparison_page
 from otmix.streams import nobody_listens
 from otmix.training import contract, launch
 from otmix.training.loop import remove_other_bests
@@ -419,3 +420,13 @@ def test_several_processes_where_gloo_does_not_work_are_refused() -> None:
     with pytest.raises(UserError, match="give --devices 1") as caught:
         launch.launched(fabric, lambda *_: Path(), RunConfig(), Silent())
     assert not isinstance(caught.value, launch.ConnectionLost)
+
+
+def test_a_page_on_another_drive_is_linked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, start: Path) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", refuse)
+    row = {"method": "ce", "top1_error": [0.25], "n_seeds": 1}
+    page = write_comparison_page(tmp_path / "comparison.html", [row], runs=[run])
+    assert f'href="file://{run}/report.html"' in page.read_text(encoding="utf-8")
