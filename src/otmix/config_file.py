@@ -57,8 +57,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a text. Raises YAMLError, of which `Slip` says what is wrong by itself, or ValueError."""
+def parse_yaml(text: str | bytes) -> Any:
+    """The value of a text; bytes are UTF-8, or UTF-16 as PowerShell's `>` writes it. Raises YAMLError, of which `Slip`
+    says what is wrong by itself, or ValueError.
+    """
     return yaml.load(text, _Loader)
 
 
@@ -73,7 +75,7 @@ def read_values(
     `of_a_run`, in which no user misspells anything, a name that does not exist is taken for that of another version.
     """
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
     except Slip as error:

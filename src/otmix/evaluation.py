@@ -92,7 +92,7 @@ def evaluate_predictions(
     group is None.
     Raises ValueError for shapes that do not fit, no images, labels out of range, or probabilities outside [0, 1].
     """
-    probabilities = torch.as_tensor(probabilities).detach().to("cpu", torch.float64)
+    probabilities = torch.as_tensor(probabilities).detach().cpu().double()  # in this order: MPS has no float64
     given = torch.as_tensor(labels).detach()
     labels = given.to("cpu", torch.int64)
     _check(probabilities, labels, counts)

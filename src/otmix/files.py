@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +38,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 (the tests stop the process on either side of this call)
+        _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         with suppress(OSError):  # nothing can be removed from a read-only file system, nor was anything written
             temporary.unlink(missing_ok=True)
@@ -52,6 +54,23 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+BUSY_SECONDS = 2.0 if sys.platform == "win32" else 0.0
+"""For so long a file is tried again that may not be replaced. Windows does not allow it while another process looks at
+the file, as a virus scanner or a backup does for a moment.
+"""
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    ends = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return os.replace(temporary, path)  # noqa: PTH105 (the tests stop the process on either side of this call)
+        except PermissionError:
+            if time.monotonic() >= ends or path.is_dir():
+                raise
+            time.sleep(0.05)
+
+
 def make_folder_of(path: Path, flag: str = "--out") -> None:
     """Make the folder of `path`, which `flag` names. Raises UserError where there can be none."""
     try:
@@ -62,7 +81,7 @@ def make_folder_of(path: Path, flag: str = "--out") -> None:
 
 def _unwritten(path: Path, error: OSError | RuntimeError, flag: str = "--out") -> UserError:
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if error.errno == errno.EISDIR:
+        if error.errno == errno.EISDIR or (isinstance(error, PermissionError) and path.is_dir()):  # Windows: the latter
             return UserError(f"{path} is a folder; name a file with {flag}")
         # "File exists" is what mkdir says of a file in the place of a folder
         reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
@@ -83,10 +102,16 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def remove(path: Path) -> None:
+    """Delete a file that is of no more use. On Windows it may stay where another process looks at it."""
+    with suppress(PermissionError):
+        path.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what `write_atomic` was filling under `folder` when its process was killed."""
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from otmix.data.resizing import side_needed
 from otmix.errors import UserError
 from otmix.evaluation import predict_probabilities
 from otmix.files import printable
+from otmix.streams import takes_all_letters
 from otmix.training import Run, open_run
 from otmix.training.evaluate import evaluate_items
 from otmix.training.launch import make_fabric
@@ -145,7 +146,7 @@ def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
             "probability": round(one.probability, 6),
             "top": ranked,
         }
-        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(line, ensure_ascii=not takes_all_letters(stream)) + "\n")
         written += 1
     return written
 

@@ -91,10 +91,18 @@ def end_with_parent() -> None:
     """
     if os.environ.pop(PARENT_ON_STDIN, None) is None:
         return
+    # On Windows what is started with a pipe that somebody is reading hangs (github.com/python/cpython/issues/78961), so
+    # others get an empty stdin.
+    pipe, null = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
     def watch() -> None:
-        while os.read(0, 1024):
+        while os.read(pipe, 1024):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if sys.platform == "win32":  # where `kill` ends a process before it can save
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     _thread.start_new_thread(watch, ())

@@ -33,6 +33,8 @@ def nobody_listens(error: OSError, stream: IO[str]) -> bool:
     """Whether a write failed because the reader of a pipe has gone, or the terminal has been closed."""
     if error.errno == errno.EPIPE:
         return True
+    if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
+        return True  # so it is called there; of a name that no file may have, it comes with the name
     with suppress(OSError, ValueError):
         return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     return False
@@ -76,6 +78,11 @@ class _Lasting:
             raise error
         silence(self.stream)
         self.alone = True
+
+
+def takes_all_letters(stream: TextIO) -> bool:
+    """Not where its encoding has 256 of them, as files and pipes have on Windows."""
+    return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def lasting(stream: TextIO) -> TextIO:

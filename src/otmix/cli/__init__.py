@@ -14,7 +14,7 @@ from otmix.cli import checking, commands, listings, preview
 from otmix.cli.help import overview, page
 from otmix.errors import UserError
 from otmix.interrupts import end_with_parent, interruptible
-from otmix.streams import nobody_listens, open_closed, silence, tell
+from otmix.streams import nobody_listens, open_closed, silence, takes_all_letters, tell
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": commands.train,
@@ -90,6 +90,7 @@ def _run(argv: list[str]) -> int:
     if call.print_config is not None:
         import yaml
 
-        sys.stdout.write(yaml.safe_dump(call.print_config, sort_keys=False, allow_unicode=True))
+        unicode = takes_all_letters(sys.stdout)
+        sys.stdout.write(yaml.safe_dump(call.print_config, sort_keys=False, allow_unicode=unicode))
         return 0
     return function(*call.positional, **call.named)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json as json_module
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.extensions import import_files
 from otmix.methods import check_settings, parse_method
-from otmix.streams import tell
-from otmix.wording import counted
+from otmix.streams import takes_all_letters, tell
+from otmix.wording import command_line, counted
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 COMPARED = Only(tuple(name for names in GROUPS.values() for name in names if name not in ("method", "out", "resume")))
@@ -65,7 +64,7 @@ def train(config: RunConfig, *, imports: list[Path]) -> int:
         again = ["otmix", "train", "--resume", "--out", str(run_dir)]
         again += [word for file in imports for word in ("--import", str(file))]
         saved = "the run is saved" if isinstance(stop, Interrupted) else "its last checkpoint is kept"
-        tell(f"\notmix: stopped, {saved}; this goes on with it:\n  {shlex.join(again)}\n")
+        tell(f"\notmix: stopped, {saved}; this goes on with it:\n  {command_line(again)}\n")
         return 130
     return 0
 
@@ -120,7 +119,7 @@ def compare(
         console.print(note, markup=False, highlight=False)
     if found.rows:
         trained = [outcome.run_dir for outcome in found.outcomes if outcome.status != "failed"]
-        typed = shlex.join(["otmix", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else None
+        typed = command_line(["otmix", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else None
         page = write_comparison_page(
             found.path.with_suffix(".html"), found.rows, found.notes, runs=trained, command=typed
         )
@@ -163,7 +162,7 @@ def evaluate(
         found = evaluate_run(run, split, accelerator, root, reporter)
     if json:
         named = {"class_names": read_data(run)["class_names"]}
-        sys.stdout.write(json_module.dumps(found | named, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_module.dumps(found | named, ensure_ascii=not takes_all_letters(sys.stdout)) + "\n")
     else:
         print_table(stdout_console(), result_table({**read_result(run), "split": split, "evaluation": found}))
     return 0
@@ -236,6 +235,8 @@ def predict(
             text.detach()  # flushes, and leaves the file open for who opened it
 
         if out is None:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # a ? would be another file's name
             write(sys.stdout)
         else:
             write_atomic(out, write_bytes)

@@ -71,7 +71,7 @@ def show_dataset(dataset: ImageDataset, console: Console, many: int = 100, few: 
             if place == _MOST_CLASSES // 2:
                 table.add_row(f"… {len(order) - _MOST_CLASSES:,} more …")
             continue
-        bar = Text(_bar(int(counts.counts[k]) / largest, width), style="blue")
+        bar = Text(_bar(int(counts.counts[k]) / largest, width, console.options.ascii_only), style="blue")
         table.add_row(Text(dataset.class_names[k]), *(f"{sizes[name][k]:,}" for name in splits), group_of[k], bar)
     console.print(table)
 
@@ -93,8 +93,10 @@ def show_dataset(dataset: ImageDataset, console: Console, many: int = 100, few: 
         say(note)
 
 
-def _bar(share: float, width: int) -> str:
-    """Linear, to an eighth of a character; what is not empty is never invisible."""
+def _bar(share: float, width: int, plain: bool = False) -> str:
+    """Linear, to an eighth of a character, or to a whole `plain` one; what is not empty is never invisible."""
+    if plain:
+        return "#" * max(1, round(share * width))
     eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
@@ -154,7 +156,7 @@ def list_methods(console: Console) -> None:
     console.print(table)
     short = ", ".join(f"{alias} = {canonical}" for alias, canonical in m.ALIASES.items())
     console.print(f"short names: {short}", markup=False, highlight=False, soft_wrap=True)
-    rest = "Titles are names too, e.g. 'ERM-DRW + OTmix'. Where no loss is named it is ce: ride-drw = ride-ce-drw."
+    rest = 'Titles are names too, e.g. "ERM-DRW + OTmix". Where no loss is named it is ce: ride-drw = ride-ce-drw.'
     console.print(rest, markup=False, highlight=False, soft_wrap=True)
     example = m.parse_method("drw+otmix")
     console.print(f"`otmix methods {example.name}` explains {example.title}.", markup=False, highlight=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,6 +50,8 @@ class _Typed:
 
 def parse(command: str, function: Callable[..., object], argv: Sequence[str]) -> Call:
     """Read the arguments of `otmix <command>`. Raises UserError."""
+    if sys.platform == "win32" and (odd := [word for word in argv if '"' in word]):  # of "C:\my photos\", say
+        raise UserError(f"{odd[0]} has a quotation mark in it; leave out the \\ at the end of a name that is in quotes")
     arguments, config_name = arguments_of(function), config_parameter(function)
     typed = _sort_out(command, arguments, argv, takes_config=config_name is not None)
     flags: dict[str, str | bool] = {}
@@ -59,6 +62,8 @@ def parse(command: str, function: Callable[..., object], argv: Sequence[str]) ->
         flags |= read
         imports += lists.get(IMPORT, [])
         methods = lists.get(METHODS, methods)
+    if all(a.bare is Path for a in arguments if a.positional):
+        typed.positional = [from_home(text) for text in typed.positional]  # cmd.exe leaves ~ as it is
     if any(a.key == METHODS for a in arguments):
         typed.positional = typed.positional or methods
     if any(a.key == "imports" for a in arguments):

@@ -139,8 +139,12 @@ def _name(path: Path) -> str:
     return path.name
 
 
+_OF_DRIVES = ("$RECYCLE.BIN", "System Volume Information")
+"""What Windows has on every drive, and nobody sees: a stick may hold nothing but the folders of the classes."""
+
+
 def _hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
+    return name.startswith((".", "__MACOSX")) or name in _OF_DRIVES
 
 
 def _ending(name: str) -> str:

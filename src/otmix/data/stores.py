@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ class WorkerStore:
             sampler=orders(),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_ctrl_c,
             generator=torch.Generator(),  # else the loader draws from the global one, and dropout would see it
         )
         try:
@@ -256,6 +258,11 @@ class _Reader(Dataset["Tensor | str"]):
             return self.read(*order)
         except UserError as error:  # the loader would wrap it in a traceback
             return str(error)
+
+
+def _leave_ctrl_c(worker: int) -> None:
+    """A terminal sends it to the workers too, and who trains still needs their images in order to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _index(items: Items) -> Tensor:

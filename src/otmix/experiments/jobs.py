@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from otmix.config import RunConfig
+from otmix.files import remove
 from otmix.interrupts import PARENT_ON_STDIN
 from otmix.training.launch import cores
 from otmix.training.processes import StopRequest
@@ -33,6 +34,12 @@ class _Child:
     def close(self) -> None:
         if self.process.stdin is not None:
             self.process.stdin.close()
+
+    def ask_to_end(self) -> None:
+        if sys.platform == "win32":  # where `terminate` lets no process save, but this does (`end_with_parent`)
+            self.close()
+        else:
+            self.process.terminate()
 
 
 def train_in_processes(
@@ -92,6 +99,7 @@ def _start(config: RunConfig, folder: Path, at_once: int, imports: Sequence[str]
         **{name: str(_threads(name, at_once)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
         "COLUMNS": "2000",
         "NO_COLOR": "1",
+        "PYTHONIOENCODING": "utf-8",  # as the log is read
         COMMAND: recorded_command(),
         PARENT_ON_STDIN: "1",
     }
@@ -119,7 +127,7 @@ def _error(child: _Child) -> str | None:
     child.close()
     code = child.process.returncode
     if code == 0:
-        child.log.unlink(missing_ok=True)
+        remove(child.log)
         return None
     try:
         text = child.log.read_text(encoding="utf-8", errors="replace")
@@ -128,7 +136,7 @@ def _error(child: _Child) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[-1].removeprefix("otmix: ") if lines else "it said nothing"
     if code == 2:
-        child.log.unlink(missing_ok=True)
+        remove(child.log)
         return said
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{said} ({how}; see {child.log})"
@@ -137,12 +145,12 @@ def _error(child: _Child) -> str | None:
 def _stop(running: Sequence[_Child]) -> None:
     """Ask processes to save and end, and wait for them."""
     for child in running:
-        child.process.terminate()
+        child.ask_to_end()
     try:
         for child in running:
             child.process.wait()
             child.close()
-            child.log.unlink(missing_ok=True)
+            remove(child.log)
     except KeyboardInterrupt:
         for child in running:
             child.process.kill()

@@ -85,11 +85,19 @@ def write_comparison_page(
         "notes": list(notes),
         "markdown": table.markdown(),
         "lead": words.lead(read_run(runs[0]), seed=False) if runs else None,
-        "links": [(run.name, f"{os.path.relpath(run, Path(path).parent)}/report.html") for run in runs],
+        "links": [(run.name, _link(run / "report.html", Path(path).parent)) for run in runs],
         "commands": [command] if command else [],
     }
     write_text(Path(path), _render("comparison.html.j2", values))
     return Path(path)
+
+
+def _link(page: Path, folder: Path) -> str:
+    """How a page in `folder` calls another one."""
+    try:
+        return Path(os.path.relpath(page, folder)).as_posix()
+    except ValueError:  # it is on another drive of Windows
+        return page.resolve().as_uri()
 
 
 def _render(name: str, values: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from otmix.reports.classes import group_accuracy, thirds
 from otmix.reports.record import RunRecord
 from otmix.reports.statistics import difference, percent, points
 from otmix.reports.tables import looks_at_test
-from otmix.wording import counted
+from otmix.wording import command_line, counted
 
 LEAK = (
     "looked at the test set, so its result is selected on the test set: test images helped to estimate which classes "
@@ -126,8 +126,8 @@ def commands(record: RunRecord) -> list[str]:
     config, out = str(record.directory / "config.yaml"), f"{record.directory}-again"
     words = shlex.split(typed) if typed.startswith("otmix ") else []
     imports = [word for at, word in enumerate(words) if "--import" in words[max(0, at - 1) : at + 1]]
-    again = shlex.join(["otmix", "train", "--config", config, "--out", out, *imports])
-    return [typed, again] if typed.startswith("otmix ") else [again]
+    again = command_line(["otmix", "train", "--config", config, "--out", out, *imports])
+    return [command_line(words), again] if words else [again]
 
 
 def named_lines(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

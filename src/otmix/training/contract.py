@@ -6,7 +6,7 @@ Each check trains tiny runs of a method on random images in a folder of its own.
 from __future__ import annotations
 
 import math
-import os
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -72,7 +72,7 @@ def check_method(name: str, progress: Progress = lambda check: None) -> list[Fin
 
 def _told(error: Exception) -> str:
     """An error, and the last line that is not ours, nor a library's, that it went through."""
-    ours = (str(Path(__file__).parents[1]), "site-packages", "dist-packages", f"{os.sep}lib{os.sep}python", "<")
+    ours = (str(Path(__file__).parents[1]), "site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in ours)]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"

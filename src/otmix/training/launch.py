@@ -118,6 +118,11 @@ def make_fabric(config: RunConfig) -> Fabric:
                 f"cannot run on --accelerator {config.accelerator} --devices {config.devices} --precision "
                 f"{config.precision}: {str(error).partition('. ')[0].rstrip('.')}; choose --accelerator auto"
             ) from error
+    if strategy == "ddp" and fabric.device.type == "cuda" and not torch.distributed.is_nccl_available():
+        raise UserError(
+            "several GPUs need NCCL, which PyTorch has on Linux alone; give --devices 1, or train in the Windows "
+            "Subsystem for Linux"
+        )
     computed = fabric.strategy.precision.precision
     if computed != config.precision:  # Lightning replaces what a device cannot do, with no more than a warning
         where = "a CPU" if fabric.device.type == "cpu" else fabric.device.type
@@ -170,6 +175,11 @@ def launched(fabric: Fabric, work: Work, config: RunConfig, reporter: Reporter) 
             torch.distributed.destroy_process_group()
         return run_dir
     except RuntimeError as error:  # gloo has no exception of its own
+        if "unsupported gloo device" in str(error):  # as of some versions of PyTorch on Windows
+            raise UserError(
+                "the processes of a run cannot talk to each other here, as PyTorch's Gloo does not work on this "
+                "system; give --devices 1"
+            ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             raise ConnectionLost(error) from error
         raise
@@ -258,6 +268,8 @@ def _failures(context: ProcessContext, stop: StopRequest) -> list[ProcessExcepti
                 failures.append(failure)
             if stop.requested and not passed_on:
                 passed_on = True
+                if sys.platform == "win32" and stop.number == signal.SIGINT:
+                    continue  # a console says it to all of its processes, and `terminate` would not let them save
                 for process in context.processes:
                     process.terminate()  # in the loop it saves and stops, elsewhere it ends at once
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from otmix.data import ImageStore
 from otmix.errors import UserError
-from otmix.files import write_text
+from otmix.files import remove, write_text
 from otmix.pairing import PairingContext
 from otmix.randomness import Moment
 from otmix.sampling import BackgroundStream, ForegroundStream
@@ -230,7 +230,7 @@ def best_path(run: RunState) -> Path:
 def remove_other_bests(run: RunState) -> None:
     for path in run.run_dir.glob("best-*.safetensors"):
         if run.best is not None and path != best_path(run):
-            path.unlink()
+            remove(path)
 
 
 def write_log(run: RunState) -> None:

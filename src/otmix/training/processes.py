@@ -89,6 +89,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number = 0
+        """The signal that came."""
         self._since = 0.0
 
     def agreed(self, fabric: Fabric) -> bool:
@@ -109,7 +111,7 @@ class StopRequest:
             if self.requested and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
                 raise KeyboardInterrupt
             if not self.requested:
-                self.requested, self._since = True, time.monotonic()
+                self.requested, self.number, self._since = True, number, time.monotonic()
 
         before = {number: signal.signal(number, ask) for number in stop_signals()}
         try:

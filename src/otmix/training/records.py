@@ -124,7 +124,7 @@ def source_commit() -> str | None:
         if not known:
             return None
         commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=package, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=package, capture_output=True, check=True, encoding="ascii"
         ).stdout.strip()
         changed = subprocess.run(
             ["git", "status", "--porcelain", "--", "."], cwd=package, capture_output=True, check=True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
@@ -101,39 +102,48 @@ def directory_of(config: RunConfig) -> Iterator[None]:
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process, so that two never write the same run. The system lets go when we die.
 
-    Raises UserError when another process has it. Where the system (Windows) or the file system (some network drives)
-    has no such locks, nothing is held.
+    Raises UserError when another process has it. Where the file system (some network drives) has no such locks, nothing
+    is held.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
+        lock = (run_dir / ".lock").open("ab")
     except OSError as error:
         raise UserError(f"cannot write into {run_dir}: {error.strerror}; choose another folder with --out") from error
     with lock:
         try:
-            # not flock, which workers would inherit: they outlive a killed process by seconds
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"another process is training in {run_dir}; wait for it, or choose another folder"
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
         try:
             yield
         finally:
             if not (run_dir / "config.yaml").exists():  # nothing was begun, so nothing is left behind
-                (run_dir / ".lock").unlink(missing_ok=True)
+                if sys.platform == "win32":
+                    lock.close()  # no open file can be deleted there
                 with suppress(OSError):
+                    (run_dir / ".lock").unlink(missing_ok=True)
                     for folder in made:
                         folder.rmdir()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Raises OSError where another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        # not flock, which workers would inherit: they outlive a killed process by seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
@@ -160,6 +170,12 @@ def _train(fabric: Fabric, config: RunConfig, reporter: Reporter) -> Path:
         except RuntimeError as error:
             if "DefaultCPUAllocator" in str(error):  # which has no exception of its own
                 raise UserError("the memory does not suffice; choose a smaller --batch-size or --image-size") from error
+            if plan.config.compile and type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+                reason = str(error).partition("\n")[0].rstrip(". ")
+                raise UserError(
+                    f"--compile does not work here ({reason}); leave it out, or install the C++ compiler that it "
+                    "needs, on Windows that of Visual Studio, whose own command prompt must be used then"
+                ) from error
             if (told := dead_reader(error)) is None:
                 raise
             raise told from error
