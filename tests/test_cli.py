@@ -464,3 +464,17 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call.named["runs"] == Path("/home/me/runs")
     assert call.named["imports"] == [Path("/home/me/a.py")]
     assert parse("train", COMMANDS["train"], ["--out=~/run"]).named["config"].out == "/home/me/run"
+
+
+@pytest.mark.parametrize("command", ["train", "data", "preview"])
+def test_a_folder_without_its_flags_is_met_with_them(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main([command, "photos"]) == 2
+    assert capsys.readouterr().err == (
+        f"otmix: `otmix {command}` does not know what to do with photos; did you mean --data folder --root photos?\n"
+    )
+    assert main(["methods", "otmix", "photos"]) == 2
+    assert "did you mean" not in capsys.readouterr().err

@@ -260,9 +260,13 @@ def _sentence(command: str, message: str, arguments: Iterable[Argument]) -> str:
         return f"`otmix {command}` needs {names}; `otmix {command} --help` has examples"
     extra = re.search(r"[Uu]nrecognized arguments: (?:-- )?(.+)", message)
     if extra:
-        return (
-            f"`otmix {command}` does not know what to do with {extra[1]}; `otmix {command} --help` lists what it takes"
+        photos = "root" in by_key and Path(extra[1]).is_dir()
+        hint = (
+            f"did you mean --data folder --root {extra[1]}?"
+            if photos
+            else f"`otmix {command} --help` lists what it takes"
         )
+        return f"`otmix {command}` does not know what to do with {extra[1]}; {hint}"
     return " ".join(message.split())
 
 
