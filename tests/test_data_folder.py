@@ -204,7 +204,7 @@ def test_links_to_the_same_images_are_mentioned(tmp_path: Path) -> None:
 
 
 def copies(data: ImageDataset) -> list[str]:
-    return [note for note in data.notes if "flatters" in note]
+    return [note for note in data.notes if "says nothing of new images" in note]
 
 
 def test_copies_of_training_images_in_the_held_out_splits(tmp_path: Path) -> None:
@@ -213,18 +213,21 @@ def test_copies_of_training_images_in_the_held_out_splits(tmp_path: Path) -> Non
     assert copies(load(tmp_path)) == []
     shutil.copy(tmp_path / "train/a/001.png", tmp_path / "test/b/seen.png")  # under another name, and as another class
     shutil.copy(tmp_path / "train/a/001.png", tmp_path / "train/b/again.png")
+    end = "What is measured on them says nothing of new images; remove one of each two."
     assert copies(load(tmp_path)) == [
-        "1 of 5 test images is a copy of a training image (test/b/seen.png of train/a/001.png), which flatters what is "
-        "measured: remove the copies."
+        "1 of 5 test images is a copy of a training image, 1 of them as another class: test/b/seen.png of "
+        f"train/a/001.png. {end}"
     ]
-    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "test/a/0.png")
-    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "val/a/0.png")
+    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "test/b/0.png")
+    shutil.copy(tmp_path / "train/b/002.png", tmp_path / "val/b/0.png")
     assert copies(load(tmp_path)) == [
-        "1 of 5 validation images is a copy of a training image (val/a/0.png of train/b/002.png), which flatters what "
-        "is measured: remove the copies.",
-        "2 of 6 test images are copies of training images (test/a/0.png of train/b/002.png, …), which flatters what is "
-        "measured: remove the copies.",
+        f"1 of 5 validation images is a copy of a training image: val/b/0.png of train/b/002.png. {end}",
+        "2 of 6 test images are copies of training images, 1 of them as another class: test/b/0.png of "
+        f"train/b/002.png; test/b/seen.png of train/a/001.png. {end}",
     ]
+    for i in range(5):
+        shutil.copy(tmp_path / "train/b/002.png", tmp_path / f"test/b/1{i}.png")
+    assert "train/b/002.png and 2 more. What is" in copies(load(tmp_path))[1]
 
 
 def test_what_is_no_copy(tmp_path: Path) -> None:
@@ -233,6 +236,10 @@ def test_what_is_no_copy(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "test/a/000.png", tmp_path / "test/b/again.png")
     whole = (tmp_path / "train/a/000.png").read_bytes()
     (tmp_path / "test/a/other.png").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for empty in ("train/a/no.png", "test/a/no.png"):
+        (tmp_path / empty).touch()
+    (tmp_path / "test/b/link.png").symlink_to(tmp_path / "train/b/001.png")  # of which another note tells
+    (tmp_path / "test/b/nowhere.png").symlink_to(tmp_path / "nowhere.png")
     assert copies(load(tmp_path)) == []
     left = next(path for path in numbered("train/b", 4) if path not in names(load(tmp_path, max_per_class=3).train))
     shutil.copy(tmp_path / left, tmp_path / "test/b/unused.png")
@@ -245,7 +252,7 @@ def test_copies_that_a_random_split_parts(tmp_path: Path) -> None:
     for path in numbered("a", 10):
         shutil.copy(tmp_path / path, (tmp_path / path).with_suffix(".copy.png"))
     [note] = copies(load(tmp_path))
-    assert "test images are copies of training images" in note
+    assert "test images are copies of training images: a/" in note
 
 
 def test_copies_are_looked_for_where_that_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +263,10 @@ def test_copies_are_looked_for_where_that_is_quick(tmp_path: Path, monkeypatch: 
     same = sum(path.stat().st_size == size for path in tmp_path.rglob("*.png"))
     for limit, found in ((size * same - 1, 0), (size * same, 1)):  # the long file has no part in it
         monkeypatch.setattr("otmix.data.copies.READ_AT_MOST", limit)
-        assert len(copies(load(tmp_path))) == found
+        data = load(tmp_path)
+        assert len(copies(data)) == found
+        skipped = f"Copies of training images in other splits were not looked for: {same} files would have"
+        assert any(note.startswith(skipped) for note in data.notes) == (not found)
 
 
 def test_classes_that_look_alike(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,20 +94,20 @@ def mixed_images(run: RunState, epoch: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", ["cmo", "otmix", "ldam-drw+otmix-mixup", "ride+cmo", "ce+cutmix"])
-def test_they_are_the_means_over_the_batches_of_the_last_mixed_epoch(
+def test_they_are_the_means_over_the_batches_of_the_last_mixed_epochs(
     method: str, digits: ImageDataset, tmp_path: Path
 ) -> None:
     run = trained(digits, tmp_path, method=method)
-    assert run.state.mixer is not None
-    last = run.state.mixer.schedule.last_epoch(EPOCHS)
-    assert last == 8
-    images = mixed_images(run, last)
+    epochs = run.stage.statistics_epochs(run.background.steps_per_epoch)
+    assert epochs == list(range(9))  # of five steps each
+    images = [batch for epoch in epochs for batch in mixed_images(run, epoch)]
     model = copy.deepcopy(run.state.model).train()  # transport asks the model with the statistics that it has
     with inputs_of_norms(model) as seen, torch.no_grad():
         for batch in images:
             model(batch)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     mix_statistics(run)
+    assert run.bn_statistics == "mixed"
     assert seen
     for name, module in run.state.model.named_modules():
         if name in seen:
@@ -154,6 +155,7 @@ def test_without_mixing_nothing_changes(
     run = trained(digits, tmp_path, 1, method=method, set=Overrides(**setting))
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     mix_statistics(run)
+    assert run.bn_statistics == "running"
     assert all(torch.equal(before[name], value) for name, value in run.state.model.state_dict().items())
 
 
@@ -165,20 +167,66 @@ def test_statistics_that_a_stage_leaves_alone_stay(digits: ImageDataset, tmp_pat
     assert all(torch.equal(a, norm.running_mean) for a, norm in zip(before, batch_norms(run.state.model), strict=True))
 
 
+def test_layers_that_training_does_not_run_keep_what_they_have(digits: ImageDataset, tmp_path: Path) -> None:
+    run = trained(digits, tmp_path, 1)
+
+    class Frozen(torch.nn.BatchNorm2d):
+        def train(self, mode: bool = True) -> Frozen:
+            return super().train(False)
+
+    frozen, unused = Frozen(16), torch.nn.BatchNorm2d(3)
+    for norm in (frozen, unused):
+        norm.running_mean += 2.0
+        norm.running_var += 3.0
+    (name,) = [name for name, module in run.state.model.named_modules() if name.endswith("bn1")][:1]
+    run.state.model.get_submodule(name.rpartition(".")[0]).bn1 = frozen
+    run.state.model.add_module("unused", unused)
+    others = [norm for norm in batch_norms(run.state.model) if norm not in (frozen, unused)]
+    before = [norm.running_mean.clone() for norm in others]
+    mix_statistics(run)
+    assert run.bn_statistics == "mixed"
+    assert not any(torch.equal(a, norm.running_mean) for a, norm in zip(before, others, strict=True))
+    for norm in (frozen, unused):
+        assert norm.running_mean.unique().tolist() == [2.0]
+        assert norm.running_var.unique().tolist() == [4.0]
+
+
+def test_statistics_that_are_not_finite_are_not_taken(digits: ImageDataset, tmp_path: Path) -> None:
+    run = trained(digits, tmp_path, 1, method="cmo")
+    told: list[str] = []
+    run.reporter = SimpleNamespace(looking=lambda done, total: None, message=told.append)  # type: ignore[assignment]
+    with torch.no_grad():
+        next(run.state.model.parameters()).fill_(3e38)
+    before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
+    mix_statistics(run)
+    assert told == ["BatchNorm's mixed statistics are not finite numbers, so the running ones stay."]
+    assert run.bn_statistics == "running"
+    assert all(torch.equal(before[name], value) for name, value in run.state.model.state_dict().items())
+
+
 @pytest.mark.parametrize(
-    ("epochs", "window", "last"),
+    ("epochs", "window", "steps", "last"),
     [
-        (240, (4 / 240, 237 / 240), 236),
-        (10, (0.0, 1.0), 9),
-        (10, (0.0, 0.999), 8),
-        (3, (0.0, 0.0), None),
-        (1, (0, 1), 0),
+        (240, (4 / 240, 237 / 240), 97, [236]),
+        (240, (4 / 240, 237 / 240), 63, [235, 236]),
+        (10, (0.0, 1.0), 30, [7, 8, 9]),
+        (10, (0.0, 0.999), 30, [6, 7, 8]),
+        (10, (0.5, 1.0), 1, [5, 6, 7, 8, 9]),
+        (3, (0.0, 0.0), 10, []),
+        (1, (0.0, 1.0), 1, [0]),
     ],
 )
-def test_the_last_mixed_epoch(epochs: int, window: tuple[float, float], last: int | None) -> None:
-    schedule = MixSchedule(window=window)
-    assert schedule.last_epoch(epochs) == last
-    assert schedule.reaches(epochs) == (last is not None)
+def test_the_last_epochs_with_mixing(
+    epochs: int, window: tuple[float, float], steps: int, last: list[int], digits: ImageDataset
+) -> None:
+    (stage,) = prepare(replace(TINY, epochs=epochs), digits).stages
+    assert stage.mixer is not None
+    mixer = replace(stage.mixer, schedule=MixSchedule(window=window))
+    stage = replace(stage, mixer=mixer)
+    assert stage.statistics_epochs(steps) == last
+    assert mixer.schedule.reaches(epochs) == bool(last)
+    for left in ({"bn_statistics": "running"}, {"batchnorm": "eval"}, {"mixer": None}):
+        assert replace(stage, **left).statistics_epochs(steps) == []  # type: ignore[arg-type]
 
 
 class Told(Silent):
@@ -247,10 +295,14 @@ def test_runs_from_before_the_setting_kept_running_ones(finished: dict[str, Path
         (replace(TINY, method="erm", set=Overrides(bn_statistics="mixed")), "changes nothing for ce"),
         (replace(TINY, backbone="timm/vit_tiny_patch16_224", pretrained=False), "has no BatchNorm; leave it out"),
         (
-            replace(TINY, protocol="official", set=Overrides(bn_statistics="mixed")),
+            replace(TINY, set=Overrides(bn_statistics="mixed", headline="best-on-test")),
             "set headline to last, or bn_statistics to running",
         ),
         (replace(TINY, set=Overrides(bn_statistics="mixed", mix_probability=0.0)), "nothing is mixed"),
+        (
+            replace(TINY, backbone="resnet20", set=Overrides(bn_statistics="mixed", features="official")),
+            "does not go with features official",
+        ),
     ],
 )
 def test_where_it_would_change_nothing_or_harm_it_is_refused(config: RunConfig, message: str, tmp_path: Path) -> None:
@@ -270,7 +322,9 @@ def test_where_it_would_change_nothing_or_harm_it_is_refused(config: RunConfig, 
         ("ride-ce+otmix", "clean", "running"),
         ("ride+cmo", "clean", "running"),
         ("ce+cutmix", "clean", "running"),
-        ("ce+confusion", "clean", "mixed"),
+        ("ce+confusion", "clean", "running"),
+        ("cmo-mixup", "clean", "running"),
+        ("otmix-saliencymix", "clean", "running"),
         ("otmix", "paper", "running"),
         ("cmo", "official", "running"),
     ],
@@ -279,6 +333,6 @@ def test_the_default_is_what_was_measured(method: str, protocol: ProtocolName, e
     assert parse_method(method).protocol(protocol).bn_statistics == expected
 
 
-def test_the_default_gives_way_to_a_model_that_is_chosen() -> None:
-    chosen = parse_method("otmix").protocol("clean", Overrides(headline="best-on-test"))
-    assert (chosen.headline, chosen.bn_statistics) == ("best-on-test", "running")
+@pytest.mark.parametrize("other", [{"headline": "best-on-test"}, {"features": "official"}])
+def test_the_default_gives_way_to_what_it_does_not_go_with(other: dict[str, Any]) -> None:
+    assert parse_method("otmix").protocol("clean", Overrides(**other)).bn_statistics == "running"

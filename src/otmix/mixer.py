@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -52,11 +53,12 @@ class MixSchedule:
 
     def reaches(self, epochs: int) -> bool:
         """Whether any of so many epochs lies in the window."""
-        return self.last_epoch(epochs) is not None
+        return bool(self.last_epochs(epochs, 1))
 
-    def last_epoch(self, epochs: int) -> int | None:
-        """The last of so many epochs that lies in the window, counted from 0; None where none does."""
-        return next((epoch for epoch in reversed(range(epochs)) if self._inside(epoch, epochs)), None)
+    def last_epochs(self, epochs: int, most: int) -> list[int]:
+        """The last of so many epochs that lie in the window, at most `most` of them, in order; counted from 0."""
+        inside = (epoch for epoch in reversed(range(epochs)) if self._inside(epoch, epochs))
+        return list(islice(inside, most))[::-1]
 
     def _inside(self, epoch: int, epochs: int) -> bool:
         start, end = self.window

@@ -248,8 +248,8 @@ UNMIXED_DEFAULTS: dict[str, tuple[object, str]] = {
 RUNNING_STATISTICS: dict[str, tuple[object, str]] = {
     "bn_statistics": (
         "running",
-        "as in all papers and codes; mixed was better (results/README.md) for foregrounds from the second stream, at "
-        "random with each loss that was tried, by transport with plain cross-entropy alone",
+        "as in all papers and codes; mixed is for what was measured to gain from it (results/README.md): CutMix with "
+        "foregrounds at random (CMO), and by transport with plain cross-entropy",
     )
 }
 

@@ -103,6 +103,7 @@ def build_run(
         checkpoint_minutes=config.checkpoint_minutes,
         history=before.history if before is not None else [],
         best=before.best if before is not None else None,
+        bn_statistics=before.bn_statistics if before is not None and stage.batchnorm == "eval" else "running",
         confusion=confusion,
     )
 

@@ -76,6 +76,8 @@ class RunState:
     confusion: Confusion | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    bn_statistics: str = "running"
+    """What BatchNorm's statistics are: "running", or "mixed" after `mix_statistics`."""
     stop: StopRequest = field(default_factory=StopRequest)
 
     def moment(self, step: int, epoch: int | None = None) -> Moment:
@@ -265,6 +267,7 @@ def _payload(run: RunState, processes: list[dict[str, Any]]) -> dict[str, Any]:
         "processes": processes,
         "history": run.history,
         "best": run.best,
+        "bn_statistics": run.bn_statistics,
     }
 
 
@@ -282,6 +285,7 @@ def restore(run: RunState, payload: dict[str, Any]) -> None:
         ) from error
     run.epoch, run.step = payload["epoch"], payload["step"]
     run.history, run.best = payload["history"], payload["best"]
+    run.bn_statistics = payload.get("bn_statistics", "running")
     run.tally.load_state_dict(own["tally"])
     if run.fabric.global_rank == 0:
         write_log(run)  # a process killed between the two files left this one a line short

@@ -40,7 +40,6 @@ def finish(run: RunState, plan: Plan) -> None:
     _save_arrays(run, items.labels, probabilities, pairs)
     seconds = [row["seconds"] for row in run.history]
     where = environment(run.fabric.device)
-    remade = any(stage.statistics_epoch(run.state.model) is not None for stage in plan.stages)
     saw = read_environment(run.run_dir).get("looks_at_test")  # runs of before have not noted it
     result = {
         "method": method.name,
@@ -49,7 +48,7 @@ def finish(run: RunState, plan: Plan) -> None:
         "set": config.to_dict()["set"],
         "looks_at_test": plan.looks_at_test() if saw is None else saw,
         "confusion": None if run.confusion is None else str(run.confusion.origin),
-        "bn_statistics": "mixed" if remade else "running",
+        "bn_statistics": run.bn_statistics,
         # how many epochs the model has had; rows of metrics.jsonl, and `best`, count them from 0
         "headline_epoch": run.best["epoch"] + 1 if run.best is not None else config.epochs,
         "data": dataset.name,

@@ -91,6 +91,10 @@ def mix_and_classify(state: StepState, items: StepItems, context: PairingContext
     return LossParts(loss, mixed, output)
 
 
+STATISTICS_STEPS = 64
+"""Of a handful of batches chance decides how many are mixed."""
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A list of these is a training run.
@@ -134,11 +138,13 @@ class Stage:
             parameter.requires_grad_(name.startswith(self.trains))
         self.set_modes(model)
 
-    def statistics_epoch(self, model: nn.Module) -> int | None:
-        """The epoch over whose batches BatchNorm's statistics are made anew at the end; None where they stay."""
-        if self.mixer is None or self.bn_statistics == "running" or self.batchnorm == "eval" or not batch_norms(model):
-            return None
-        return self.mixer.schedule.last_epoch(self.epochs)
+    def statistics_epochs(self, steps: int) -> list[int]:
+        """The last epochs with mixing, as many as hold `STATISTICS_STEPS` of so many steps each, over whose batches
+        BatchNorm's statistics are made anew at the end; none where they stay.
+        """
+        if self.mixer is None or self.bn_statistics == "running" or self.batchnorm == "eval":
+            return []
+        return self.mixer.schedule.last_epochs(self.epochs, -(-STATISTICS_STEPS // steps))
 
     def set_modes(self, model: nn.Module) -> None:
         """The mode of each module during a training step."""
