@@ -10,13 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from otmix.config import RunConfig
+from otmix.protocols import Overrides
 from otmix.training import Interrupted, train
 from otmix.training import setup as training_setup
 from otmix.training.checkpoint import load_checkpoint
 from otmix.training.loop import StopRequest
 from otmix.training.stage import LossParts, Stage, mix_and_classify
 
-CONFIG = RunConfig(data="digits", method="otmix", epochs=3, batch_size=128, accelerator="cpu")
+CONFIG = RunConfig(
+    data="digits",
+    method="otmix",
+    epochs=3,
+    batch_size=128,
+    accelerator="cpu",
+    set=Overrides(bn_statistics="mixed"),
+)
 
 
 @pytest.fixture
@@ -80,5 +88,5 @@ def test_a_method_may_bring_its_own_step(tmp_path: Path, monkeypatch: pytest.Mon
         return replace(parts, loss=2 * parts.loss)
 
     monkeypatch.setattr(training_setup, "build_stages", lambda *args: (replace(build(*args)[0], step=step),))
-    train(replace(CONFIG, method="ce", epochs=1, out=str(tmp_path / "run")))
+    train(replace(CONFIG, method="ce", set=Overrides(), epochs=1, out=str(tmp_path / "run")))
     assert calls == [0, 1, 2, 3]

@@ -225,6 +225,8 @@ def test_the_last_epochs_with_mixing(
     stage = replace(stage, mixer=mixer)
     assert stage.statistics_epochs(steps) == last
     assert mixer.schedule.reaches(epochs) == bool(last)
+    automatic = replace(stage, bn_statistics="auto").statistics_epochs(steps)
+    assert automatic == (last if steps >= 64 else [])
     for left in ({"bn_statistics": "running"}, {"batchnorm": "eval"}, {"mixer": None}):
         assert replace(stage, **left).statistics_epochs(steps) == []  # type: ignore[arg-type]
 
@@ -314,9 +316,9 @@ def test_where_it_would_change_nothing_or_harm_it_is_refused(config: RunConfig, 
 @pytest.mark.parametrize(
     ("method", "protocol", "expected"),
     [
-        ("cmo", "clean", "mixed"),
-        ("otmix", "clean", "mixed"),
-        ("ldam-drw+cmo", "clean", "mixed"),
+        ("cmo", "clean", "auto"),
+        ("otmix", "clean", "auto"),
+        ("ldam-drw+cmo", "clean", "auto"),
         ("ldam-drw+otmix", "clean", "running"),
         ("balanced-softmax+otmix", "clean", "running"),
         ("ride-ce+otmix", "clean", "running"),

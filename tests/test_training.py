@@ -717,9 +717,10 @@ def test_the_reporter_hears_the_whole_story(tmp_path: Path, monkeypatch: pytest.
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments: told.append((name, arguments))
 
-    run_dir = train(replace(TINY, out=str(tmp_path / "run")), Listener())  # type: ignore[arg-type]
+    config = replace(TINY, out=str(tmp_path / "run"), set=replace(TINY.set, bn_statistics="mixed"))
+    run_dir = train(config, Listener())  # type: ignore[arg-type]
     story = [name for name, _ in told if name != "loading"]
-    epochs, statistics, result = ["step"] * 5 + ["looking", "epoch"], ["looking"] * 5, ["looking"] * 2
+    epochs, statistics, result = ["step"] * 5 + ["looking", "epoch"], ["looking"] * 15, ["looking"] * 2
     assert story == ["start", *epochs * 3, *statistics, *result, "finish", "close"]
     assert [arguments[0] for name, arguments in told if name == "epoch"] == log(run_dir)
     steps = [arguments[0] for name, arguments in told if name == "step"]

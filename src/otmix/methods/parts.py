@@ -248,7 +248,7 @@ UNMIXED_DEFAULTS: dict[str, tuple[object, str]] = {
 RUNNING_STATISTICS: dict[str, tuple[object, str]] = {
     "bn_statistics": (
         "running",
-        "as in all papers and codes; mixed is for what was measured to gain from it (results/README.md): CutMix with "
+        "as in all papers and codes; auto is for what was measured to gain from it (results/README.md): CutMix with "
         "foregrounds at random (CMO), and by transport with plain cross-entropy",
     )
 }
