@@ -173,8 +173,8 @@ class Protocol:
         named = f"bn_statistics {self.bn_statistics}"
         if self.bn_statistics != "running" and self.features == "official":
             raise UserError(
-                f"{named} does not go with features official, whose passes move BatchNorm's statistics; set features to "
-                "pooled, or bn_statistics to running"
+                f"{named} does not go with features official, whose passes move BatchNorm's statistics; set features "
+                "to pooled, or bn_statistics to running"
             )
         if self.bn_statistics != "running" and self.headline == "best-on-test":
             raise UserError(
