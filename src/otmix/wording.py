@@ -21,4 +21,5 @@ def command_line(words: Sequence[str]) -> str:
 
         plain = re.compile(r"[\w.:\\/+=~-]+")
         return " ".join(word if plain.fullmatch(word) else '"' + list2cmdline([f" {word}"])[2:] for word in words)
-    return shlex.join(words)
+    else:  # noqa: RET505 (so that mypy sees one system at a time)
+        return shlex.join(words)

@@ -249,7 +249,7 @@ def _start(processes: int, arguments: tuple[object, ...]) -> ProcessContext:
 
 def _heed_keyboard(yes: bool) -> None:
     """Whether Ctrl-C reaches this thread and, until they say otherwise, the processes that it starts."""
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+    if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK if yes else signal.SIG_BLOCK, [signal.SIGINT])
 
 
