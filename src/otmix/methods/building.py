@@ -58,7 +58,7 @@ def build_criterion(method: Method, counts: ClassCounts, filled: Overrides) -> C
     criterion = part(counts, **chosen(part, filled.parts, "loss"))
     if method.architecture != "ride":
         return criterion
-    return RIDE(counts, criterion, **chosen(RIDE, filled.parts, "model"))  # type: ignore[arg-type]
+    return RIDE(counts, criterion, **chosen(RIDE, filled.parts, "model"))  # type: ignore[arg-type]  # settings in their types, as `chosen` reads them
 
 
 def architecture_of(method: Method, criterion: Criterion, filled: Overrides) -> dict[str, Any]:
