@@ -1,9 +1,11 @@
 """OTmix in someone's own loop."""
 
+import copy
 import io
 import re
 import runpy
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -11,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from otmix.errors import UserError
 from otmix.mixer import MixSchedule
 from otmix.mixing import CutMix, Mixup
 from otmix.own_loop import OTMixer
-from otmix.pairing import ConfusionPairing, Curriculum, IndexPairing, PairingContext, TransportPairing
+from otmix.pairing import ConfusionPairing, Curriculum, IndexPairing, Pairing, PairingContext, TransportPairing
 from otmix.randomness import Moment
 from otmix.types import Embed, Items, Pairs
 
@@ -68,6 +71,29 @@ def train(mixer: OTMixer, net: Net, epochs: int, optimizer: torch.optim.Optimize
             loss.backward()
             optimizer.step()
         mixer.end_epoch()
+
+
+def replayed(mixer: OTMixer, epoch: int, loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """What a training would give the network in an epoch."""
+    mixer.load_state_dict(mixer.state_dict() | {"epoch": epoch, "step": 0})
+    loader = list(loader)
+    return [mixer(*pair).images for pair in zip(loader, mixer.foreground_loader(dataset(), len(loader[0][0])))]
+
+
+def running(net: Net) -> torch.Tensor:
+    """Both statistics of its BatchNorm, `[2,8]`."""
+    norm = net.body[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return torch.stack((norm.running_mean, norm.running_var)).clone()
+
+
+def means(net: Net, batches: list[torch.Tensor]) -> torch.Tensor:
+    """What PyTorch's own `update_bn` makes of them."""
+    shown = copy.deepcopy(net)
+    update_bn(batches, shown)
+    return running(shown)
 
 
 def test_trains_and_learns_a_confusion() -> None:
@@ -231,6 +257,12 @@ def estimate_in_one_of_two(rank: int, folder: str) -> None:
     assert mixer.confusion is not None
     assert validated.confusion is not None
     found = {"counted": counted, "F": mixer.confusion.matrix, "validation": validated.confusion.matrix}
+    loader = [mine] * 70
+    own = means(net, replayed(make(net, rank=rank, world=2), 3, loader))
+    mixer = make(net, rank=rank, world=2)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    assert mixer.mix_statistics(wrapped, loader, mixer.foreground_loader(dataset(), 30))
+    found |= {"own means": own, "means": running(net)}
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -243,6 +275,9 @@ def test_several_processes_estimate_one_confusion(tmp_path: Path) -> None:
     torch.testing.assert_close(one["F"], total / total.sum(1, keepdim=True))
     assert torch.equal(one["F"], other["F"])
     assert torch.equal(one["validation"], other["validation"])
+    assert not torch.equal(one["own means"], other["own means"])
+    torch.testing.assert_close(one["means"], (one["own means"] + other["own means"]) / 2)
+    assert torch.equal(one["means"], other["means"])
 
 
 @pytest.mark.parametrize("label", [7, -1])
@@ -692,3 +727,84 @@ def test_foregrounds_of_another_size_are_refused_even_where_nothing_is_mixed() -
 def test_a_pairing_that_loses_images_is_refused() -> None:
     with pytest.raises(UserError, match="Half gave 8 pairs for 16 foregrounds"):
         make(Net(), pairing=Half())(*first_and_last())
+
+
+def loader_of(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+    return DataLoader(dataset(), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("pairing", [IndexPairing(), TransportPairing()])
+@pytest.mark.parametrize(("batch_size", "epochs"), [(2, [3, 2, 1]), (1, [3, 2]), (8, [3, 2, 1, 0])])
+def test_mixed_statistics_are_the_means_over_the_last_epochs_with_mixing(
+    pairing: Pairing, batch_size: int, epochs: list[int]
+) -> None:
+    """Of four epochs with 30, 60 or 8 batches. A batch of one image has statistics, too: it has 64 pixels."""
+    torch.manual_seed(0)
+    net = Net()
+    mixer = make(net, pairing=pairing, schedule=MixSchedule(0.5))
+    train(mixer, net, 4, torch.optim.SGD(net.parameters(), 0.1))
+    loader = loader_of(batch_size)
+    # the pairs depend on F, and on the network as it is, not on the statistics that are being made
+    other = make(copy.deepcopy(net), pairing=pairing, schedule=MixSchedule(0.5))
+    other.load_state_dict(mixer.state_dict())
+    want = means(net, [images for epoch in epochs for images in replayed(other, epoch, loader)])
+
+    before, state = copy.deepcopy(net.state_dict()), copy.deepcopy(mixer.state_dict())
+    net.train()
+    assert mixer.mix_statistics(net, loader, mixer.foreground_loader(dataset(), batch_size))
+    torch.testing.assert_close(running(net), want)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"body.1.running_mean", "body.1.running_var"}
+    assert net.body[1].momentum == 0.1
+    assert net.training
+    after = mixer.state_dict()
+    assert torch.equal(state["counts"], after["counts"])
+    assert [after[name] for name in ("epoch", "step")] == [state[name] for name in ("epoch", "step")] == [4, 0]
+
+
+def test_mixed_statistics_are_of_epochs_with_mixing() -> None:
+    """Where the training ends with plain batches."""
+    net = Net()
+    mixer = make(net, pairing=IndexPairing(), schedule=MixSchedule(window=(0.0, 0.75)))
+    batches = replayed(make(net, pairing=IndexPairing()), 2, loader_of(1))
+    batches += replayed(make(net, pairing=IndexPairing()), 1, loader_of(1))
+    want = means(net, batches)
+    assert mixer.mix_statistics(net, loader_of(1), mixer.foreground_loader(dataset(), 1))
+    torch.testing.assert_close(running(net), want)
+
+
+def test_mixed_statistics_of_a_compiled_network_compile_nothing() -> None:
+    net, compiled = Net(), []
+    wrapped = torch.compile(net, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    mixer = make(net, pairing=IndexPairing())
+    before = running(net)
+    assert mixer.mix_statistics(wrapped, loader_of(8), mixer.foreground_loader(dataset(), 8))
+    assert not torch.equal(running(net), before)
+    assert not compiled
+
+
+@pytest.mark.parametrize("why", ["nothing was mixed", "not finite"])
+def test_statistics_that_are_no_good_are_not_taken(why: str) -> None:
+    net = Net()
+    finite = why == "nothing was mixed"
+    if not finite:
+        nn.init.constant_(net.body[0].weight, 3e38)  # type: ignore[arg-type]
+    mixer = make(net, pairing=IndexPairing(), schedule=MixSchedule(1e-9 if finite else 1.0))
+    before = running(net)
+    assert not mixer.mix_statistics(net, loader_of(8), mixer.foreground_loader(dataset(), 8))
+    assert torch.equal(running(net), before)
+    assert mixer.epoch == 0
+
+
+def test_a_model_without_statistics_or_a_loader_without_a_batch_is_refused() -> None:
+    net = Net()
+    mixer = make(net)
+    foregrounds = mixer.foreground_loader(dataset(), 8)
+    for model in (net.head, nn.BatchNorm2d(3, track_running_stats=False), lambda images: (images, images)):
+        with pytest.raises(UserError, match="has none; give it the network that you train, or leave it out"):
+            mixer.mix_statistics(model, loader_of(8), foregrounds)  # type: ignore[arg-type]
+    before = running(net)
+    with pytest.raises(UserError, match="without a batch; give that of the training"):
+        mixer.mix_statistics(net, [], foregrounds)
+    assert torch.equal(running(net), before)
+    assert (mixer.epoch, mixer.step) == (0, 0)

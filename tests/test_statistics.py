@@ -23,6 +23,7 @@ from otmix.data import ImageDataset
 from otmix.errors import UserError
 from otmix.methods import parse_method
 from otmix.mixer import MixSchedule
+from otmix.models.batchnorm import batch_norms
 from otmix.pairing import PairingContext
 from otmix.protocols import Overrides, ProtocolName
 from otmix.training import train
@@ -32,7 +33,6 @@ from otmix.training.loop import RunState, finish_epoch, steps_of, train_epoch
 from otmix.training.records import read_settings
 from otmix.training.reporter import RunInfo, Silent
 from otmix.training.setup import load_data, prepare
-from otmix.training.stage import batch_norms
 from otmix.training.statistics import mix_statistics
 
 EPOCHS = 10

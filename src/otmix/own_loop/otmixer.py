@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from otmix.confusion import STREAM_DECAY, ConfusionCounter
+from otmix.devices import move
 from otmix.errors import UserError
 from otmix.mixer import BatchMixer, MixSchedule
 from otmix.mixing import CutMix, Mixer
 from otmix.models import embed
+from otmix.models.batchnorm import STATISTICS_STEPS, MeanStatistics
 from otmix.own_loop.batches import LabelledImages, again_and_again, batch_of, labelled
 from otmix.own_loop.foregrounds import ForegroundLoader, ForegroundSteps
-from otmix.own_loop.parts import check_model, check_pairing, check_pixels, check_schedule
+from otmix.own_loop.parts import check_batch_norm, check_model, check_pairing, check_pixels, check_schedule
 from otmix.pairing import (
     ConfusionPairing,
     Curriculum,
@@ -126,6 +128,11 @@ class OTMixer:
         CPU that are out of range, for fewer foregrounds than backgrounds or ones of another size, for a pairing that
         leaves some out, and for what is no such batch.
         """
+        mixed = self._mixed(background, foreground, self.counter)
+        self.step += 1
+        return mixed
+
+    def _mixed(self, background: LabelledImages, foreground: LabelledImages, counter: ConfusionCounter | None) -> Mixed:
         background, foreground = labelled(background), labelled(foreground)
         device = background[0].device
         for _, labels in (background, foreground):
@@ -151,9 +158,7 @@ class OTMixer:
 
         context = PairingContext(self.moment, self.confusion)
         over = self.epoch >= self.epochs
-        mixed = Mixed.unmixed(back) if over else self.batch_mixer(back, fore, look, context, self.counter)
-        self.step += 1
-        return mixed
+        return Mixed.unmixed(back) if over else self.batch_mixer(back, fore, look, context, counter)
 
     def end_epoch(self, validation: Iterable[LabelledImages] | None = None) -> None:
         """Call after each epoch: estimates the confusion matrix for the next one, and moves on.
@@ -164,7 +169,7 @@ class OTMixer:
         only it can give.
         """
         counter = self.counter
-        together = self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = self._together()
         if validation is None:
             if self.confusion is None and _never_embeds(self.batch_mixer.pairing):
                 raise UserError(
@@ -188,6 +193,49 @@ class OTMixer:
         if estimate is not None:
             self.confusion = replace(estimate, matrix=estimate.matrix.to(self.counter.table.device))
         self._enter(self.epoch + 1, 0)
+
+    def mix_statistics(self, model: nn.Module, loader: Iterable[LabelledImages], foregrounds: Iterable[Any]) -> bool:
+        """After the training: make the running statistics of the model's BatchNorm layers their means over the batches
+        of the last epoch with mixing, mixed or not, with its weights as they are; of more epochs, where these have
+        fewer than 64 batches. `clean` ends so with plain cross-entropy, where an epoch has as many (`bn_statistics`).
+
+        Half of the batches are mixed, and the statistics of training are those of whatever came last. What this is
+        worth hangs on the loss and the data (results/README.md), so compare on images that are not trained on;
+        a `copy.deepcopy(model)` keeps the model as it was.
+
+        `model` is the network that is trained, `loader` and `foregrounds` are those of the loop; the batches go to the
+        model's device. Call it inside autocast if you train so. Of several processes all call it. The mixer itself
+        stays as it is, and its transport goes by the model as it is. False, and nothing is changed, where no batch was
+        mixed or a mean is not a finite number. Raises UserError for a model without such layers, and for a loader
+        without a batch.
+        """
+        model = check_batch_norm(model)
+        device = next(model.parameters()).device
+        statistics, any_mixed, place = MeanStatistics(model), False, (self.epoch, self.step)
+        try:
+            for mixed in self._last_mixes(loader, foregrounds, device):
+                statistics.see(mixed.images)
+                any_mixed |= mixed.pairs is not None
+        finally:
+            self._enter(*place)
+        return any_mixed and statistics.adopt(_mean_of_all_processes if self._together() else None)
+
+    def _last_mixes(
+        self, loader: Iterable[LabelledImages], foregrounds: Iterable[Any], device: torch.device
+    ) -> Iterator[Mixed]:
+        """The batches of the last epochs with mixing, of as many as hold `STATISTICS_STEPS`; the last comes first."""
+        steps = 0
+        for epoch in reversed(self.batch_mixer.schedule.last_epochs(self.epochs, self.epochs)):
+            self._enter(epoch, 0)
+            for background, foreground in zip(loader, foregrounds):
+                images, labels = labelled(background)
+                yield self._mixed((move(images, device), labels), foreground, None)
+                self.step += 1
+            if not self.step:
+                raise UserError("mix_statistics was given a loader without a batch; give that of the training")
+            steps += self.step
+            if steps >= STATISTICS_STEPS:
+                return
 
     def foreground_loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
         """A `DataLoader` of foregrounds (eq. 3); `options` go to it (num_workers, collate_fn, …). `batch_size` is that
@@ -284,6 +332,10 @@ class OTMixer:
             "world": int(self.world),
         }
 
+    def _together(self) -> bool:
+        """Whether there are other processes that can be asked."""
+        return self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+
     def _enter(self, epoch: int, step: int) -> None:
         self.epoch, self.step, self.entries = epoch, step, self.entries + 1
 
@@ -318,3 +370,7 @@ def _never_embeds(pairing: Pairing) -> bool:
 def _over_all_processes(counts: Tensor) -> Tensor:
     torch.distributed.all_reduce(counts)
     return counts
+
+
+def _mean_of_all_processes(value: Tensor) -> Tensor:
+    return _over_all_processes(value) / torch.distributed.get_world_size()

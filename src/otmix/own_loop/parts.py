@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from otmix.errors import UserError
 from otmix.mixer import MixSchedule
+from otmix.models.batchnorm import batch_norms
+from otmix.models.embedding import unwrap
 from otmix.pairing import Curriculum
 
 
@@ -30,6 +34,19 @@ def check_pixels(pixels: object) -> None:
 def check_schedule(schedule: object) -> None:
     """Raises UserError for what is no schedule."""
     _check("schedule", schedule, isinstance(schedule, MixSchedule), "a MixSchedule", "MixSchedule(0.5)")
+
+
+def check_batch_norm(model: object) -> nn.Module:
+    """The network itself, out of its wrappers. Raises UserError for one without running statistics."""
+    if isinstance(model, nn.Module):
+        model = unwrap(model)
+        model = model._modules.get("_orig_mod") or model  # a graph would be compiled for these few batches
+    if not isinstance(model, nn.Module) or not batch_norms(model):
+        raise UserError(
+            f"mix_statistics wants a model with BatchNorm layers that keep running statistics, and this "
+            f"{type(model).__name__} has none; give it the network that you train, or leave it out"
+        )
+    return model
 
 
 def _check(name: str, given: object, fits: bool, wanted: str, example: str) -> None:

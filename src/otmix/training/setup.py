@@ -18,12 +18,13 @@ from otmix.losses import Criterion
 from otmix.methods import Method, check_read, parse_method
 from otmix.methods.building import architecture_of, build_criterion
 from otmix.models import Classifier, build_model, default_backbone, embed, list_backbones
+from otmix.models.batchnorm import batch_norms
 from otmix.protocols import Overrides, Protocol
 from otmix.randomness import derive_seed
 from otmix.training.confusion_source import ConfusionSource, confusion_origin
 from otmix.training.records import read_data
 from otmix.training.schedules import Schedule
-from otmix.training.stage import OptimizerSettings, Stage, StepItems, batch_norms
+from otmix.training.stage import OptimizerSettings, Stage, StepItems
 from otmix.training.stages import build_stages
 from otmix.types import Embed, Embedded, Items, Output
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from otmix.confusion import ConfusionCounter
 from otmix.losses import Criterion, DeferredReweighting, Reduction
 from otmix.mixer import BatchMixer, Gather
 from otmix.models import Classifier
+from otmix.models.batchnorm import STATISTICS_STEPS, batch_norms
 from otmix.pairing import PairingContext
 from otmix.randomness import derive_seed
 from otmix.training.schedules import Schedule
@@ -91,12 +91,6 @@ def mix_and_classify(state: StepState, items: StepItems, context: PairingContext
     return LossParts(loss, mixed, output)
 
 
-STATISTICS_STEPS = 64
-"""Of a handful of batches chance decides how many are mixed. With an epoch of fewer, on a few hundred training images,
-mixed statistics were worse where they were measured (results/README.md).
-"""
-
-
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A list of these is a training run.
@@ -157,11 +151,6 @@ class Stage:
         if self.batchnorm == "eval":
             for norm in batch_norms(model):
                 norm.eval()
-
-
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Its BatchNorm layers that keep running statistics."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
 def _reset(module: nn.Module, seed: int) -> None:
