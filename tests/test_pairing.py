@@ -104,6 +104,27 @@ def test_transport_finds_the_obvious_partner() -> None:
     assert bool(pairs.plan.converged)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_cost_by_classes_alone_does_not_give_a_batch_to_a_few_backgrounds(known: bool) -> None:
+    """Backgrounds of one class are equal to it: each foreground gets any of those with the largest T."""
+    g = torch.Generator().manual_seed(0)
+    fore, back = (Items(torch.randint(5, (128,), generator=g)) for _ in range(2))
+    features = {id(it): torch.randn(128, 4, generator=g) for it in (fore, back)}
+    confusion = Confusion(torch.rand(5, 5, generator=g), ConfusionOrigin()) if known else None
+    pairing = TransportPairing(lambda f: CombinedCost(f, omega=0.0))
+    pairs, again, other = (
+        pairing(fore, back, looker(features), PairingContext(Moment(step=step), confusion)) for step in (0, 0, 1)
+    )
+    assert torch.equal(pairs.background, again.background)
+    assert not torch.equal(pairs.background, other.background)
+    assert pairs.plan is not None
+    row = pairs.plan.coupling
+    assert bool((row.gather(1, pairs.background[:, None]) >= row.amax(1, keepdim=True) * (1 - 1e-4)).all())
+    # 128 draws of 128: 81 different ones on average; a background is drawn eight times in one of 100,000 batches
+    assert len(pairs.background.unique()) > 60
+    assert pairs.background.bincount().max() < 10
+
+
 def test_transport_is_not_the_greedy_choice() -> None:
     """Both foregrounds are nearest to background 0; the marginals send one of them to background 1."""
     fore, back = items(0, 0), items(1, 1)

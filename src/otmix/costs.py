@@ -24,7 +24,9 @@ def _check_metric(metric: str) -> None:
 
 
 class Cost(Protocol):
-    """`(foreground [f], background [m]) -> [f,m]`, float32."""
+    """`(foreground [f], background [m]) -> [f,m]`, float32. Where `by_class_alone` is there and true, all images of a
+    class cost the same, and transport chooses among them at random.
+    """
 
     def __call__(self, foreground: Embedded, background: Embedded, /) -> Tensor: ...
 
@@ -56,6 +58,7 @@ class ConfusionCost:
 
     confusion: Confusion | None = None
     keep_diagonal: bool = False
+    by_class_alone = True
 
     def __call__(self, foreground: Embedded, background: Embedded) -> Tensor:
         y_f, y_b = foreground.items.labels, background.items.labels
@@ -79,6 +82,10 @@ class CombinedCost:
         if not 0.0 <= self.omega <= 1.0:
             raise ValueError(f"omega must lie in [0, 1], not be {self.omega}")
         _check_metric(self.metric)
+
+    @property
+    def by_class_alone(self) -> bool:
+        return self.omega == 0.0
 
     def __call__(self, foreground: Embedded, background: Embedded) -> Tensor:
         by_class = ConfusionCost(self.confusion, self.keep_diagonal)(foreground, background)

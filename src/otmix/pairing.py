@@ -103,6 +103,10 @@ def _otmix_cost(confusion: Confusion | None) -> Cost:
     return CombinedCost(confusion)
 
 
+TIE = 1e-4
+"""Entries of a plan that differ by less, of themselves, are equal but for rounding and what `tolerance` leaves open."""
+
+
 @dataclass(frozen=True)
 class TransportPairing:
     """Eq. 4 and 8: solve entropic transport between the two batches, then give foreground i the background with the
@@ -112,6 +116,10 @@ class TransportPairing:
     8); "sample", a draw from row i of the plan; "softmax", Table 4's "probability selection": a draw from softmax(T[i,
     :]), which is nearly uniform because the entries of the plan are at most 1/f. Both masses are uniform: the sampling
     already carries w_j.
+
+    Where the cost goes by classes alone (Table 4's omega 0), row i has one value for all backgrounds of a class, and
+    argmax is one of the largest at random. The paper is silent on it; the released code takes what rounding makes the
+    largest, and so a handful of backgrounds for a whole batch.
     """
 
     from_foregrounds = True
@@ -134,15 +142,25 @@ class TransportPairing:
         with torch.autocast(
             device.type, enabled=False
         ):  # a bfloat16 cost would round away differences of the size of epsilon
-            cost = self.cost(context.confusion)(embedded_foreground, embedded_background)
-            plan = sinkhorn(cost, epsilon=self.epsilon, max_iterations=self.max_iterations, tolerance=self.tolerance)
-            if self.select == "argmax":
+            cost = self.cost(context.confusion)
+            plan = sinkhorn(
+                cost(embedded_foreground, embedded_background),
+                epsilon=self.epsilon,
+                max_iterations=self.max_iterations,
+                tolerance=self.tolerance,
+            )
+            generator = context.moment.generator("pairing")
+            if self.select == "argmax" and getattr(cost, "by_class_alone", False):
+                largest = plan.coupling.amax(1, keepdim=True)
+                drawn = move(torch.rand(plan.coupling.shape, generator=generator), device)
+                chosen = (drawn + (plan.coupling >= (1.0 - TIE) * largest)).argmax(1)
+            elif self.select == "argmax":
                 chosen = plan.favourites
             else:
                 weights = plan.coupling if self.select == "sample" else plan.coupling.softmax(1)
                 # a race of exponential clocks with these rates: the noise can come from a CPU generator, and no host is
                 # needed
-                uniform = torch.rand(weights.shape, generator=context.moment.generator("pairing"), dtype=torch.float64)
+                uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
                 finish = move(-torch.log1p(-uniform), device, torch.float32)
                 chosen = (finish / weights.clamp_min(torch.finfo(torch.float32).tiny)).argmin(1)
         return Pairs(torch.arange(len(foreground), device=chosen.device), chosen, by="transport", plan=plan)
