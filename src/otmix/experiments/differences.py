@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SEEDS_FOR_A_TEST = 5
+ROUNDING = 1e-9
+"""Shares of images that are equal may differ by this, as floats: no share of a real test set is so small."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ def paired_difference(
     if len(seeds) < 2:
         return None
     differences = [values[seed] - reference[seed] for seed in seeds]
-    better = sum(step < 0 if lower_is_better else step > 0 for step in differences)
+    better = sum((step < -ROUNDING) if lower_is_better else (step > ROUNDING) for step in differences)
     mean, std = statistics.fmean(differences), statistics.stdev(differences)
-    p_value = _p_value(differences) if len(seeds) >= SEEDS_FOR_A_TEST and std > 0 else None
+    p_value = _p_value(differences) if len(seeds) >= SEEDS_FOR_A_TEST and std > ROUNDING else None
     return PairedDifference(method, against, measure, seeds, tuple(differences), mean, std, better, p_value)
 
 
