@@ -274,6 +274,20 @@ def test_same_moment_same_mix() -> None:
     assert not torch.equal(a.images, c.images)
 
 
+@pytest.mark.parametrize(("n", "fraction"), [(4, 0.125), (16, 0.03), (1, 0.5), (10, 0.25)])
+def test_the_share_of_mixed_images_is_right_in_small_batches_too(n: int, fraction: float) -> None:
+    """On average; in each batch it is next to it."""
+    schedule = MixSchedule(fraction=fraction)
+    counts = []
+    for step in range(2000):
+        which = schedule.which(Moment(step=step), n)
+        assert which is not None
+        counts.append(int(which.sum()))
+    assert set(counts) <= {int(n * fraction), int(n * fraction) + 1}
+    deviation = (n * fraction % 1 * (1 - n * fraction % 1) / 2000) ** 0.5
+    assert abs(sum(counts) / 2000 - n * fraction) < 4 * deviation
+
+
 @pytest.mark.parametrize("values", [{"probability": 1.5}, {"fraction": -0.1}, {"window": (0.5, 0.2)}])
 def test_impossible_schedules_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(UserError):

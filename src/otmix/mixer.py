@@ -77,8 +77,11 @@ class MixSchedule:
         """The images of a batch of `n` that are mixed, bool `[n]` on the CPU; None for all of them."""
         if self.fraction == 1.0:
             return None
-        chosen = torch.zeros(n, dtype=torch.bool)
-        chosen[torch.randperm(n, generator=moment.generator("mixed-images"))[: round(self.fraction * n)]] = True
+        chosen, generator = torch.zeros(n, dtype=torch.bool), moment.generator("mixed-images")
+        order = torch.randperm(n, generator=generator)
+        # what is left of a whole number is a chance, or a few images would never have a mixed one
+        number = int(self.fraction * n + float(torch.rand((), generator=generator, dtype=torch.float64)))
+        chosen[order[:number]] = True
         return chosen
 
 
