@@ -146,6 +146,8 @@ def test_without_a_checkpoint_it_says_so(server: Server, tmp_path: Path) -> None
         {"lr": 1e38, "batch_size": 44, "method": "erm", "set": {}},
         {"lr": 1e30, "batch_size": 1000, "method": "ce-drw+otmix", "protocol": "paper"},
         {"lr": 1e38, "batch_size": 1000, "protocol": "official"},
+        # the weights stay finite, the features do not
+        {"lr": 1e8, "protocol": "paper", "set": {"curriculum_power": 0.0}},
     ],
 )
 def test_a_learning_rate_that_breaks_the_model(settings: dict[str, Any], server: Server, tmp_path: Path) -> None:

@@ -783,6 +783,56 @@ def test_mixed_statistics_of_a_compiled_network_compile_nothing() -> None:
     assert not compiled
 
 
+class Keeps(Net):
+    """A usual way to give OTMixer the features."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.kept = {"features": [nn.functional.dropout(self.body(images), 0.5, self.training)]}
+        out: torch.Tensor = self.head(self.kept["features"][0])
+        return out
+
+
+def test_a_model_that_keeps_what_it_made_and_draws_has_mixed_statistics_too() -> None:
+    net = Keeps()
+    mixer = make(net, pairing=IndexPairing())
+    train(mixer, net, 4, torch.optim.SGD(net.parameters(), 0.1))
+    kept, state = net.kept["features"][0], torch.get_rng_state()
+    assert kept.requires_grad
+    before = running(net)
+    assert mixer.mix_statistics(net, loader_of(8), mixer.foreground_loader(dataset(), 8))
+    assert not torch.equal(running(net), before)
+    assert net.kept["features"][0] is kept
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("how", ["in eval mode", "without a trained weight"])
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_statistics_stay(how: str, training: bool) -> None:
+    """In a model as a whole in eval mode, which layers are is not known: only what is not trained counts."""
+    net = Net()
+    net.body.append(nn.Unflatten(1, (8, 1, 1))).append(nn.BatchNorm2d(8)).append(nn.Flatten())
+    mixer = make(net, pairing=IndexPairing())
+    net.train(training)
+    frozen = net.body[1]
+    if how == "in eval mode":
+        frozen.eval()
+    else:
+        frozen.requires_grad_(False)
+    before = running(net)
+    assert mixer.mix_statistics(net, loader_of(8), mixer.foreground_loader(dataset(), 8))
+    assert torch.equal(running(net), before) == (training or how == "without a trained weight")
+    assert net.body[-2].running_mean.abs().sum() > 0  # type: ignore[union-attr,operator]
+    assert net.training == training
+
+
+def test_a_model_that_gives_nan_is_one_sentence() -> None:
+    net = Net()
+    mixer = make(net, pairing=TransportPairing())
+    nn.init.constant_(net.body[0].weight, 3e38)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="features or logits are not finite numbers at step 0 of epoch 0"):
+        mixer(*first_and_last())
+
+
 @pytest.mark.parametrize("why", ["nothing was mixed", "not finite"])
 def test_statistics_that_are_no_good_are_not_taken(why: str) -> None:
     net = Net()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,18 @@ class MeanStatistics:
     batch counts equally, in place of the moving average over whatever came last, as in "precise" statistics (Wu &
     Johnson 2021, section 3; but the variance is the mean of the batches' variances).
 
-    A copy of the model is shown the batches, so `model` itself may be looked at meanwhile with those that it has.
+    A copy of the model is shown the batches, so `model` itself may be looked at meanwhile with those that it has. A
+    layer keeps them that trains nothing (its weight is frozen), or is in eval mode where the model is in train mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._measured = copy.deepcopy(model).train()
+        self._measured = _copy(model)
+        if not model.training:
+            self._measured.train()
+        for norm in batch_norms(self._measured):
+            if norm.weight is not None and not norm.weight.requires_grad:
+                norm.eval()
         pairs = zip(batch_norms(model), batch_norms(self._measured), strict=True)
-        # a layer that stays in eval mode keeps what it has
         self._layers = [(own, new) for own, new in pairs if new.training]
         for _, new in self._layers:
             new.reset_running_stats()
@@ -58,3 +63,20 @@ class MeanStatistics:
             if new.num_batches_tracked:  # else no batch came by
                 buffer.copy_(value)
         return True
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps something of its last forward, which PyTorch would not copy."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    return copy.deepcopy(model, {id(value): value.detach() for value in _tensors(kept) if not value.is_leaf})
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among them, and in lists, tuples and dictionaries of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict) and not isinstance(value, nn.Module):
+            yield from _tensors(value.values())

@@ -33,6 +33,7 @@ from otmix.pairing import (
 from otmix.protocols import PROTOCOLS
 from otmix.randomness import Moment
 from otmix.sampling import ForegroundStream, check_place, inverse_frequency
+from otmix.transport import NotFinite
 from otmix.types import ClassCounts, Confusion, ConfusionOrigin, Embedded, Items, Mixed
 
 CLEAN = PROTOCOLS["clean"]
@@ -126,7 +127,7 @@ class OTMixer:
 
         Where the schedule leaves a batch alone, the background comes back as it was. Raises UserError for labels on the
         CPU that are out of range, for fewer foregrounds than backgrounds or ones of another size, for a pairing that
-        leaves some out, and for what is no such batch.
+        leaves some out, for what is no such batch, and (on a CPU) for a model that gives NaN or infinity to transport.
         """
         mixed = self._mixed(background, foreground, self.counter)
         self.step += 1
@@ -158,7 +159,15 @@ class OTMixer:
 
         context = PairingContext(self.moment, self.confusion)
         over = self.epoch >= self.epochs
-        return Mixed.unmixed(back) if over else self.batch_mixer(back, fore, look, context, counter)
+        if over:
+            return Mixed.unmixed(back)
+        try:
+            return self.batch_mixer(back, fore, look, context, counter)
+        except NotFinite as error:
+            raise UserError(
+                f"the model's features or logits are not finite numbers at step {self.step} of epoch {self.epoch} "
+                "(both counted from 0); try a lower learning rate, or float32"
+            ) from error
 
     def end_epoch(self, validation: Iterable[LabelledImages] | None = None) -> None:
         """Call after each epoch: estimates the confusion matrix for the next one, and moves on.
@@ -204,21 +213,25 @@ class OTMixer:
         a `copy.deepcopy(model)` keeps the model as it was.
 
         `model` is the network that is trained, `loader` and `foregrounds` are those of the loop; the batches go to the
-        model's device. Call it inside autocast if you train so. Of several processes all call it. The mixer itself
-        stays as it is, and its transport goes by the model as it is. False, and nothing is changed, where no batch was
-        mixed or a mean is not a finite number. Raises UserError for a model without such layers, and for a loader
-        without a batch.
+        model's device. Call it inside autocast if you train so. Of several processes all call it. Frozen layers keep
+        what they have: in eval mode where the model is in train mode, or with a weight that is not trained. The mixer
+        and the random numbers stay as they are, and transport goes by the model as it is. False, and nothing is
+        changed, where no batch was mixed or a mean is not a finite number. Raises UserError for a model without such
+        layers, and for a loader without a batch.
         """
         model = check_batch_norm(model)
         device = next(model.parameters()).device
-        statistics, any_mixed, place = MeanStatistics(model), False, (self.epoch, self.step)
-        try:
-            for mixed in self._last_mixes(loader, foregrounds, device):
-                statistics.see(mixed.images)
-                any_mixed |= mixed.pairs is not None
-        finally:
-            self._enter(*place)
-        return any_mixed and statistics.adopt(_mean_of_all_processes if self._together() else None)
+        statistics, any_mixed, place = MeanStatistics(model), torch.zeros((), device=device), (self.epoch, self.step)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws, too
+            try:
+                for mixed in self._last_mixes(loader, foregrounds, device):
+                    statistics.see(mixed.images)
+                    any_mixed += mixed.pairs is not None
+            finally:
+                self._enter(*place)
+        if self._together():
+            any_mixed = _over_all_processes(any_mixed)
+        return bool(any_mixed) and statistics.adopt(_mean_of_all_processes if self._together() else None)
 
     def _last_mixes(
         self, loader: Iterable[LabelledImages], foregrounds: Iterable[Any], device: torch.device

@@ -26,6 +26,7 @@ from otmix.training.processes import StopRequest, largest, of_each, share_buffer
 from otmix.training.reporter import Progress, Reporter
 from otmix.training.stage import Stage, StepItems, StepState
 from otmix.training.tally import Tally
+from otmix.transport import NotFinite
 from otmix.types import Batch, Confusion, ConfusionOrigin
 
 if TYPE_CHECKING:
@@ -118,8 +119,10 @@ def train_epoch(run: RunState) -> None:
         items = next(loaded)
         try:
             parts = stage.step(state, items, PairingContext(moment, run.confusion))
-        except ValueError:  # a cost may refuse what a broken model says before its loss is seen
+        except ValueError as error:  # a cost may refuse what a broken model says before its loss is seen
             check_finite(run, alone=True)
+            if isinstance(error, NotFinite):  # of weights that still are
+                raise _gone_wrong(run, "the model's features or logits were", step) from error
             raise
         run.optimizer.zero_grad(set_to_none=True)
         run.fabric.backward(parts.loss)
@@ -199,16 +202,19 @@ def check_finite(run: RunState, alone: bool = False) -> None:
     bad = torch.where((run.tally.bad_step < 0) & ~model, run.step - 1, run.tally.bad_step)
     step = int(bad if alone else largest(run.fabric, bad))
     if step >= 0:
-        kept = (
-            f"the checkpoint before it is kept in {run.run_dir}"
-            if checkpoint_path(run.run_dir).exists()
-            else "no checkpoint had been written yet"
-        )
-        raise UserError(
-            f"the loss or the weights were not finite numbers at step {step} of epoch {run.epoch} (both counted from "
-            f"0); {kept}; "
-            "try a lower --lr, a --warmup of 0.05, or --precision 32-true"
-        )
+        raise _gone_wrong(run, "the loss or the weights were", step)
+
+
+def _gone_wrong(run: RunState, what: str, step: int) -> UserError:
+    kept = (
+        f"the checkpoint before it is kept in {run.run_dir}"
+        if checkpoint_path(run.run_dir).exists()
+        else "no checkpoint had been written yet"
+    )
+    return UserError(
+        f"{what} not finite numbers at step {step} of epoch {run.epoch} (both counted from 0); {kept}; "
+        "try a lower --lr, a --warmup of 0.05, or --precision 32-true"
+    )
 
 
 def save(run: RunState) -> None:

@@ -10,6 +10,7 @@ from otmix.models.batchnorm import MeanStatistics, batch_norms
 from otmix.pairing import PairingContext
 from otmix.training.loop import steps_of
 from otmix.training.processes import summed
+from otmix.transport import NotFinite
 
 if TYPE_CHECKING:
     from otmix.training.loop import RunState
@@ -35,7 +36,11 @@ def mix_statistics(run: RunState) -> None:
         moments, loaded = steps_of(run, epoch)
         for moment, items in zip(moments, loaded, strict=True):
             context, embed = PairingContext(moment, run.confusion), run.state.make_embed(items)
-            mixed = mixer(items.background, items.foreground, embed, context, None, run.state.gather)
+            try:
+                mixed = mixer(items.background, items.foreground, embed, context, None, run.state.gather)
+            except NotFinite:
+                _none_taken(run)
+                return
             with run.fabric.autocast():
                 statistics.see(mixed.images.contiguous(memory_format=torch.channels_last))
             any_mixed |= mixed.pairs is not None
@@ -47,4 +52,8 @@ def mix_statistics(run: RunState) -> None:
     if statistics.adopt(None if add_up is None else lambda value: add_up(value) / run.fabric.world_size):
         run.bn_statistics = "mixed"
     else:
-        run.reporter.message("BatchNorm's mixed statistics are not finite numbers, so the running ones stay.")
+        _none_taken(run)
+
+
+def _none_taken(run: RunState) -> None:
+    run.reporter.message("BatchNorm's mixed statistics are not finite numbers, so the running ones stay.")

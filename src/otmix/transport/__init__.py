@@ -15,7 +15,11 @@ from torch import Tensor
 from otmix.transport import batched, single
 from otmix.types import Plan
 
-__all__ = ["sinkhorn"]
+__all__ = ["NotFinite", "sinkhorn"]
+
+
+class NotFinite(ValueError):
+    """A cost with entries that are NaN or infinite: what a model says whose weights have run away."""
 
 
 @torch.no_grad()
@@ -55,10 +59,10 @@ def sinkhorn(
     slowly.
 
     Raises ValueError for a cost that is not floating point or lacks entries, shapes that do not fit, and an epsilon,
-    iteration count or tolerance out of range; on the CPU also for a cost that is not finite and for masses that are
-    negative or do not sum to 1 within 1e-3 (they are then divided by their sum). Elsewhere, looking at values would
-    mean to wait: there such a problem has the error ∞, is not converged, and its coupling, finite all the same, is that
-    of C = 0 or of a uniform mass.
+    iteration count or tolerance out of range; on the CPU also for a cost that is not finite (`NotFinite`) and for
+    masses that are negative or do not sum to 1 within 1e-3 (they are then divided by their sum). Elsewhere, looking at
+    values would mean to wait: there such a problem has the error ∞, is not converged, and its coupling, finite all the
+    same, is that of C = 0 or of a uniform mass.
     """
     cost = torch.as_tensor(cost)
     _check_settings(cost, epsilon, max_iterations, tolerance)
@@ -77,7 +81,7 @@ def sinkhorn(
     numbers = cost.numpy()
     low, high = float(numbers.min()), float(numbers.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("the cost must be finite; it has entries that are NaN or infinite")
+        raise NotFinite("the cost must be finite; it has entries that are NaN or infinite")
     largest = max(abs(low), abs(high))
     with np.errstate(all="ignore"):  # ln 0 of an empty mass; overflows are looked for
         if not problems:
