@@ -23,7 +23,7 @@ from scipy import stats
 from otmix import training
 from otmix.cli import COMMANDS
 from otmix.cli.parsing import parse
-from otmix.config import RunConfig, with_defaults
+from otmix.config import RECIPES, RunConfig
 from otmix.errors import UserError
 from otmix.experiments import Comparison, ComparisonInterrupted, compare, jobs, paired_difference
 from otmix.experiments.compare import _config
@@ -47,7 +47,7 @@ from otmix.losses import LOSSES, CrossEntropy, register_loss
 from otmix.methods import parse_method
 from otmix.protocols import PROTOCOLS, Overrides
 from otmix.training.records import data_record, inputs, read_config
-from otmix.training.setup import effective_settings, load_data
+from otmix.training.setup import effective_settings, filled_in, load_data
 
 ERRORS = {
     ("ce", 0): 0.30,
@@ -66,14 +66,12 @@ def finish_run(config: RunConfig, error: float, splits: dict[str, Any] = SPLITS,
     run_dir = training.run_dir_of(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     method = parse_method(config.method)
-    config = with_defaults(replace(config, method=method.name), small=True, backbone="resnet8", image_size=8)
+    data = {"name": "digits", "class_names": ["ant", "bee"], "counts": [100, 20], "splits": splits}
+    data |= changed.pop("data", {})
+    config = filled_in(replace(config, method=method.name), 8, True, sum(data["counts"]))
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     write_json(run_dir / "settings.json", effective_settings(config))
-    names = ["ant", "bee"]
-    write_json(
-        run_dir / "data.json",
-        {"name": "digits", "class_names": names, "counts": [100, 20], "splits": splits} | changed.pop("data", {}),
-    )
+    write_json(run_dir / "data.json", data)
     where = {
         "python": "3.11",
         "system": "Linux",
@@ -358,6 +356,17 @@ def test_a_run_with_what_was_the_default_once_is_not_taken_for_one_with_todays(
     assert trainer.trained == [("ce+cmo", 0), ("ce+cmo", 0)]
 
 
+def test_a_recipe_that_was_the_default_once_is_not_taken_for_todays(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ["erm"], seeds=1)
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], lr=0.003, batch_size=32))
+    with pytest.raises(UserError, match=r"other settings \(batch_size: 64 there, 32 asked for; lr: 0.1 there, 0.003"):
+        run(tmp_path, ["erm"], seeds=2)
+    assert trainer.trained == [("ce", 0)]
+    run(tmp_path, ["erm"], seeds=2, base=replace(BASE, lr=0.1, batch_size=64))
+
+
 @pytest.mark.parametrize(
     "stop",
     [UserError("the disk is full"), RuntimeError("out of memory\nmore"), OSError("no"), TypeError("an own loss")],
@@ -497,6 +506,17 @@ def test_equal_differences_have_no_test() -> None:
     assert found.better == 0
     assert "0.00 points" in found.in_words("B", "A", "top-1 error")
     assert "p =" not in found.in_words("B", "A", "top-1 error")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_differences_that_are_equal_but_for_rounding_have_no_test(more: int) -> None:
+    right = [14, 15, 16, 17, 13]
+    one, other = ({seed: 1 - (r + n) / 20 for seed, r in enumerate(right)} for n in (0, more))
+    shaken = {seed: value + (1e-17 if seed % 2 else -1e-16) for seed, value in other.items()}
+    found = paired_difference("b", shaken, "a", one, "top1_error")
+    assert found is not None
+    assert found.p_value is None
+    assert found.better == 5 * more
 
 
 def test_more_accuracy_is_better() -> None:
@@ -760,7 +780,7 @@ def test_a_unit_is_named_after_what_was_run_and_says_where_it_came_from(tmp_path
     run_dir = finish_run(replace(config, out=str(tmp_path / "run")), 0.25)
     path = write_unit(run_dir, tmp_path / "results")
     name = path.relative_to(tmp_path / "results").as_posix()
-    assert re.fullmatch(r"units/digits/resnet8-8px-if5-3ep-clean-[0-9a-f]{6}/ce-[0-9a-f]{6}-seed4\.json", name)
+    assert re.fullmatch(r"units/digits/resnet32-8px-if5-3ep-clean-[0-9a-f]{6}/ce-[0-9a-f]{6}-seed4\.json", name)
     unit = json.loads(path.read_text())
     assert str(tmp_path) not in path.read_text(), "a unit names no place on a machine"
     assert unit["commit"] == unit["finished_commit"] == "abc123"
@@ -839,7 +859,7 @@ def test_the_command_of_a_unit_makes_the_run_again_under_todays_defaults(
 
 def test_a_jpeg_copy_of_cifar10_is_marked(tmp_path: Path) -> None:
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    data = {"name": "data", "class_names": names, "counts": list(range(10, 0, -1)), "splits": SPLITS}
+    data = {"name": "data", "class_names": names, "counts": list(range(1000, 0, -100)), "splits": SPLITS}
     run_dir = finish_run(RunConfig(data="folder", root="data", epochs=1, out=str(tmp_path / "a")), 0.3, data=data)
     assert "/cifar-10-jpeg-copy/" in write_unit(run_dir, tmp_path).as_posix()
     assert "### CIFAR-10 (JPEG copy), imbalance 10," in results_table(read_units(tmp_path))
@@ -1059,6 +1079,40 @@ def test_a_setting_with_one_loss_is_drawn_where_all_three_have_seeds(tmp_path: P
     write_unit(finish_run(replace(BASE, method="otmix", seed=2, out=str(tmp_path / "last")), 0.3), tmp_path)
     (axes,) = results_picture(read_units(tmp_path)).axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["ERM"]
+
+
+def test_thresholds_of_shot_groups_are_in_command_and_recipe(tmp_path: Path) -> None:
+    few = write_unit(finish_run(replace(BASE, few_below=21, out=str(tmp_path / "a")), 0.3), tmp_path)
+    usual = write_unit(finish_run(replace(BASE, out=str(tmp_path / "b")), 0.3), tmp_path)
+    assert "--few-below 21" in json.loads(few.read_text())["command"]
+    assert "--few-below" not in json.loads(usual.read_text())["command"]
+    tables = results_table(read_units(tmp_path)).split("### ")[1:]
+    assert sorted("few_below 21" in table for table in tables) == [False, True]
+
+
+def test_units_of_ones_own_loss_need_its_file_and_disturb_no_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "my_loss.py"
+    source.write_text(
+        "from otmix import register_loss\nfrom otmix.losses import CrossEntropy\n"
+        "@register_loss('unit-mine')\nclass Mine(CrossEntropy):\n    pass\n"
+    )
+    for method in ("erm", "otmix", "balms", "balms+cmo"):
+        write_unit(finish_run(replace(BASE, method=method, out=str(tmp_path / "runs" / method)), 0.3), tmp_path)
+    import_files([source])
+    own = finish_run(replace(BASE, method="unit-mine", out=str(tmp_path / "own")), 0.3)
+    try:
+        LOSSES.pop("unit-mine")
+        assert main([str(tmp_path), "--add", str(own)]) == 2
+        assert "unit-mine" in capsys.readouterr().err
+        other = source.rename(tmp_path / "as_in_another_process.py")  # a file is loaded once in each
+        assert main([str(tmp_path), "--import", str(other), "--add", str(own)]) == 0
+    finally:
+        LOSSES.pop("unit-mine", None)
+    assert main([str(tmp_path), "--picture", str(tmp_path / "results.png")]) == 0
+    with Image.open(tmp_path / "results.png") as drawn:
+        assert drawn.info["Description"].startswith("4 runs, ")
 
 
 def test_the_command_draws_a_picture_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

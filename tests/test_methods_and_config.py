@@ -647,6 +647,17 @@ def test_defaults_depend_on_the_data() -> None:
     large = with_defaults(RunConfig(data="folder"), small=False, backbone="timm/resnet18", image_size=224)
     assert large.pretrained is True
     assert large.optimizer == "adamw"
+    for data, small, optimizer, pretrained, lr, weight_decay in (
+        ("digits", True, "adamw", None, 1e-3, 0.05),
+        ("cifar10", True, "adamw", None, 1e-3, 0.05),
+        ("folder", False, "sgd", None, 0.01, 2e-4),
+        ("folder", False, "sgd", False, 0.1, 2e-4),
+        ("folder", False, "adamw", None, 1e-4, 0.05),
+        ("digits", True, "sgd", None, 0.1, 5e-4),
+    ):
+        config = RunConfig(data=data, optimizer=optimizer, pretrained=pretrained)  # type: ignore[arg-type]
+        filled = with_defaults(config, small=small, backbone="resnet8" if small else "timm/resnet18", image_size=8)
+        assert (filled.optimizer, filled.lr, filled.weight_decay) == (optimizer, pytest.approx(lr), weight_decay)
     scratch = with_defaults(
         RunConfig(data="folder", pretrained=False, lr=0.5), small=False, backbone="timm/resnet18", image_size=224
     )

@@ -77,13 +77,15 @@ def train(config: RunConfig, *more: Any) -> Path:
         ("erm", {"alpha": 2.0}, "--set.alpha changes nothing for ce"),
         ("otmix", {"omega": 1.0, "keep_diagonal": True}, "--set.keep_diagonal changes nothing for ce"),
         ("otmix", {"mix_from": 1.5}, "mix_from is a share"),
+        ("otmix", {"confusion_from": "held-out", "confusion_per_class": 7}, "F comes from all validation images"),
     ],
 )
 def test_settings_that_change_nothing_are_refused_from_python_too(
     method: str, changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    config = replace(TINY, method=method, set=Overrides(**changed), validation_per_class=5, out=str(tmp_path / "run"))
     with pytest.raises(UserError, match=message):
-        train_as_asked(replace(TINY, method=method, set=Overrides(**changed), out=str(tmp_path / "run")))
+        train_as_asked(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,7 @@ class RunConfig:
             for digits, 32 or 64 for large images; less for a folder of few).
         optimizer: sgd (momentum .9) or adamw.
         lr: initial learning rate (default .1 for small images; for a folder of them less where batches are smaller than
-            128).
+            128; AdamW .001, and a tenth with weights to begin with).
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
         nesterov: Nesterov momentum for sgd.
         schedule: steps (x .1, .01, .0001 from 100, 160, 200 of 240 epochs, the paper's for CIFAR), imagenet-lt (the
@@ -291,6 +291,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+OTHER_OPTIMIZER = {"sgd": (0.1, 2e-4), "adamw": (1e-3, 0.05)}
+"""Learning rate and weight decay of an optimizer that is not its recipe's, from scratch; a tenth of the rate with
+weights to begin with, as the recipes with AdamW have it.
+"""
+
+
 WARMUPS = {"ldam": 5 / 200, "bbn": 5 / 200, "imagenet-lt": 5 / 200, "inaturalist": 5 / 210}
 """The share of the run that warms up, by schedule, as in LDAM's, BBN's and OTmix's released code; that has none on
 CIFAR.
@@ -317,7 +323,11 @@ def with_defaults(
     pretrained = config.pretrained
     if pretrained is None:
         pretrained = not small and backbone.startswith("timm/") and config.weights is None
-    recipe = RECIPES[recipe_name(config.data, small, pretrained or config.weights is not None)]
+    begun = pretrained or config.weights is not None
+    recipe = RECIPES[recipe_name(config.data, small, begun)]
+    if config.optimizer not in (None, recipe.optimizer):
+        lr, weight_decay = OTHER_OPTIMIZER[config.optimizer]
+        recipe = replace(recipe, optimizer=config.optimizer, lr=lr / 10 if begun else lr, weight_decay=weight_decay)
     if config.data == "folder" and images is not None:
         size = batch_for(images, recipe.batch_size)
         lr = recipe.lr * (config.batch_size or size) / recipe.batch_size if recipe.optimizer == "sgd" else recipe.lr

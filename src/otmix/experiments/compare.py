@@ -13,7 +13,7 @@ from typing import Any
 
 from otmix import training
 from otmix.config import RunConfig, default_run_dir
-from otmix.data import ImageDataset
+from otmix.data import SMALL, ImageDataset
 from otmix.errors import UserError
 from otmix.experiments.jobs import train_in_processes
 from otmix.experiments.progress import ProcessProgress
@@ -26,9 +26,17 @@ from otmix.methods import Method, check_settings, parse_method
 from otmix.mixing import BUILT_IN as BUILT_IN_MIXERS
 from otmix.mixing import PIXEL_RULES
 from otmix.training.launch import cores
-from otmix.training.records import changed_data, changed_inputs, read_config, read_result, read_settings, runs_folder
+from otmix.training.records import (
+    changed_data,
+    changed_inputs,
+    read_config,
+    read_data,
+    read_result,
+    read_settings,
+    runs_folder,
+)
 from otmix.training.reporter import Reporter, Silent
-from otmix.training.setup import load_data
+from otmix.training.setup import filled_in, load_data
 from otmix.wording import counted
 
 MOST_SEEDS = 1000
@@ -174,8 +182,12 @@ def _run_dir(config: RunConfig) -> Path:
 def _reused(method: str, seed: int, config: RunConfig, dataset: ImageDataset | None) -> Outcome:
     """A finished run. Raises UserError where its folder holds another one: what is shown must be what was asked for."""
     run_dir = _run_dir(config)
-    asked = config.identity_with(parse_method(method).effective(config.protocol, config.set))
-    done = read_config(run_dir).identity_with(read_settings(run_dir))
+    known = read_config(run_dir)
+    size = config.image_size or known.image_size
+    # what was left open must be what it is today: defaults have changed before
+    filled = config if size is None else filled_in(config, size, size <= SMALL, sum(read_data(run_dir)["counts"]))
+    asked = filled.identity_with(parse_method(method).effective(config.protocol, config.set))
+    done = known.identity_with(read_settings(run_dir))
     other = [
         f"{key}: {done.get(key)} there, {value} asked for"
         for key, value in asked.items()

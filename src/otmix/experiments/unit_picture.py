@@ -60,13 +60,22 @@ def _panel(units: Sequence[Unit]) -> Panel:
     from otmix.reports.figures import Panel
 
     found: dict[str, dict[str, list[float]]] = {}
-    for unit in sorted(units, key=lambda unit: (*_place(unit), unit["seed"])):
+    for unit in sorted((unit for unit in units if _known(unit)), key=lambda unit: (*_place(unit), unit["seed"])):
         method = parse_method(unit["method"])
         if method.mixer in _SERIES:
             group = found.setdefault(method.title.partition(" + ")[0], {})
             group.setdefault(_SERIES[method.mixer], []).append(unit["evaluation"]["top1_error"])
     groups = {loss: series for loss, series in found.items() if "alone" in series and len(series) > 1}
     return Panel(heading(units[0]), groups)
+
+
+def _known(unit: Unit) -> bool:
+    """Not of somebody's own loss or mixer, which this program has not loaded."""
+    try:
+        parse_method(unit["method"])
+    except UserError:
+        return False
+    return True
 
 
 def _place(unit: Unit) -> tuple[bool, bool, bool, str, int]:

@@ -31,6 +31,8 @@ _RECIPE = (
     "compile",
     "devices",
     "num_nodes",
+    "many_above",
+    "few_below",
 )
 _COLUMNS = (
     "method",

@@ -24,6 +24,7 @@ from otmix.config import RunConfig
 from otmix.errors import UserError
 from otmix.experiments.unit_picture import results_picture
 from otmix.experiments.unit_tables import results_table
+from otmix.extensions import import_files
 from otmix.files import read_json, read_object, write_text
 from otmix.protocols import Overrides
 from otmix.reports.figures import save
@@ -163,9 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", type=Path, nargs="+", default=[], metavar="FILE", help=f"Markdown files with {BEGIN} and {END}"
     )
+    parser.add_argument(
+        *("--import", "-i"), type=Path, action="append", default=[], dest="imports", metavar="FILE",
+        help="Python file with losses and mixers of your own, which the runs have",
+    )  # fmt: skip
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw each loss alone, with CMO and with OTmix")
     options = parser.parse_args(arguments)
     try:
+        import_files(options.imports)
         for run_dir in options.add:
             sys.stdout.write(f"{write_unit(run_dir, options.results, data_title=options.data_title)}\n")
         units = read_units(options.results)
@@ -196,7 +202,7 @@ def _command(config: RunConfig, settings: dict[str, Any]) -> str:
     today = effective_settings(config)
     past = {key: value for key, value in settings.items() if value != today.get(key, value)}
     config = replace(config, set=Overrides.from_dict(config.set.to_dict() | past))
-    defaults, places = RunConfig().identity, {"root": "DIR", "weights": "FILE"}
+    defaults, places = RunConfig().to_dict(), {"root": "DIR", "weights": "FILE"}
     parts = ["otmix", "train"]
     for key, value in config.identity.items():
         flag = key.replace("_", "-")

@@ -96,14 +96,7 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
     method = parse_method(config.method)
     check_read(config.set.parts, [method])  # their names are free text here; the command line checks all settings
     config = replace(config, set=method.converted(config.set))
-    backbone = "resnet8" if config.data == "digits" else default_backbone(dataset.image_size, dataset.small)
-    config = with_defaults(
-        replace(config, method=method.name),
-        small=dataset.small,
-        backbone=backbone,
-        image_size=dataset.image_size,
-        images=dataset.counts.total,
-    )
+    config = filled_in(replace(config, method=method.name), dataset.image_size, dataset.small, dataset.counts.total)
     if config.nesterov and config.optimizer != "sgd":
         raise UserError(f"--nesterov changes nothing with --optimizer {config.optimizer}; leave it out, or choose sgd")
     protocol = config.protocol_settings
@@ -154,6 +147,12 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
     return parse_method(config.method).effective(config.protocol, config.set, deferred)
 
 
+def filled_in(config: RunConfig, image_size: int, small: bool, images: int) -> RunConfig:
+    """The configuration with what its data decide."""
+    backbone = "resnet8" if config.data == "digits" else default_backbone(image_size, small)
+    return with_defaults(config, small=small, backbone=backbone, image_size=image_size, images=images)
+
+
 def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset: ImageDataset, begun: bool) -> None:
     if config.final_split == "validation" and dataset.validation is None:
         raise UserError("--final-split validation needs validation images; add --validation-per-class N")
@@ -168,6 +167,11 @@ def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset
         raise UserError(
             "F would come from the validation images that --final-split measures the result on; give "
             "--set.confusion_from streamed or balanced-train"
+        )
+    if config.set.confusion_per_class is not None and sees and origin.items != "balanced":
+        raise UserError(
+            f"--set.confusion_per_class changes nothing here: F comes from all {origin.split} images; leave it out, or "
+            "give --set.confusion_from balanced-train"
         )
     if method.pairing == "confusion" and protocol.confusion_from == "streamed" and protocol.confusion_run is None:
         raise UserError(
