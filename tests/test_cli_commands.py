@@ -447,6 +447,7 @@ def test_methods_explains_every_setting(name: str, capsys: pytest.CaptureFixture
         ("ride", ("diversity of 0", "RandomRotation(15)", "100 epochs where its settings file has 200", "the width")),
         ("bbn", ("E is 100 in its code's run of 90 epochs", "Nesterov", ".999999", "x .01 at epochs 120 and 160")),
         ("saliencymix", ("normalised float images", "the batch's first pasted image")),
+        ("cmo", ("classes are equally frequent",)),
         ("otmix-saliencymix", ("OTmix's ImageNet script", "normalised float images")),
         ("remix", ("collapse to their average",)),
         ("bayias+unimix", ("batches of 64", "alpha of .8")),

@@ -204,14 +204,15 @@ def test_a_share_of_one_or_zero_is_one_images_loss(name: str, reduction: Reducti
     assert not torch.isclose(got, other, rtol=1e-3)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "weighted-mean"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_one_hot_target_is_the_hard_label(name: str) -> None:
+def test_a_one_hot_target_is_the_hard_label(name: str, reduction: Reduction) -> None:
     """As many labels as classes, all but one with share 0."""
     logits, labels, counts = draw(8, 5, 6.0, seed=3)
     output, criterion, y = with_features(logits), LOSSES[name](counts), labels[:, 0]
     one_hot = Target(torch.arange(5).expand(8, 5), nn.functional.one_hot(y, 5).float())
     weight = torch.rand(5, generator=torch.Generator().manual_seed(4)) + 0.1
-    got, want = (criterion(output, target, weight, 0.9) for target in (one_hot, Target.hard(y)))
+    got, want = (criterion(output, target, weight, 0.9, reduction) for target in (one_hot, Target.hard(y)))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 

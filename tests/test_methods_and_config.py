@@ -75,7 +75,7 @@ def test_aliases(alias: str, name: str, title: str) -> None:
         "otmix+otmix",
         "",
         "ce-drw-drw",
-        "+otmix",
+        "+ce",
         "ride-",
         "ce+otmix-otmix",
         "ce+cmo-",
@@ -331,15 +331,28 @@ def test_each_pair_of_settings_of_which_one_is_idle(
         ("RIDE (3 experts) + OTmix", "ride+otmix"),
         ("RIDE (3 experts) + CMO", "ride+cmo"),
         ("ResNet-32 (baseline)", "erm"),
+        ("+ Mixup", "ce+mixup"),
+        ("+ Cutmix", "ce+cutmix"),
+        ("+ SaliencyMix", "ce+saliencymix"),
+        ("+ OTmix (Mixup)", "otmix-mixup"),
+        ("+ OTmix (Cutmix)", "otmix"),
+        ("+ OTmix (SaliencyMix)", "otmix-saliencymix"),
     ],
 )
 def test_rows_of_the_papers_tables_are_names(title: str, name: str) -> None:
     assert parse_method(title) == parse_method(name)
 
 
-def test_other_numbers_of_experts_are_a_setting() -> None:
+def test_a_number_of_experts_in_a_title_is_a_setting_of_the_run() -> None:
     with pytest.raises(UserError, match=r"give ride\+otmix and --set.model.experts 4"):
         parse_method("RIDE (4 experts) + OTmix")
+    run = RunConfig(method="RIDE (4 experts) + OTmix", set=Overrides(alpha=1.0))
+    asked = RunConfig(method="ride+otmix", set=Overrides(alpha=1.0, parts={"model.experts": 4}))
+    assert run == asked
+    assert RunConfig(method="RIDE (3 experts)").identity == RunConfig(method="ride").identity
+    assert RunConfig.from_dict({"method": "RIDE (2 experts)"}).set.parts == {"model.experts": 2}
+    with pytest.raises(UserError, match=r"has 4 experts, --set\.model\.experts says 2; leave one of them out"):
+        RunConfig(method="RIDE (4 experts)", set=Overrides(parts={"model.experts": 2}))
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.set, Mapping):
             object.__setattr__(self, "set", Overrides.from_dict(self.set))
+        self._take_experts()
         for name, kinds in _kinds().items():
             object.__setattr__(self, name, _in_kind(name, kinds, getattr(self, name)))
         for name, choices in _choices().items():
@@ -179,6 +180,23 @@ class RunConfig:
             raise UserError(
                 f"--imbalance is the ratio of the largest class to the smallest, 1 or more; it is {self.imbalance}"
             )
+
+    def _take_experts(self) -> None:
+        """ "RIDE (4 experts)", a row of the paper's tables, is `ride` with a setting."""
+        from otmix.methods import experts_of
+
+        if not isinstance(self.method, str) or (found := experts_of(self.method)) is None:
+            return
+        name, number = found
+        asked = self.set.parts.get("model.experts", number)
+        if asked != number:
+            raise UserError(
+                f"{self.method} has {number} experts, --set.model.experts says {asked}; leave one of them out"
+            )
+        object.__setattr__(self, "method", name)
+        if number != 3:  # RIDE's default
+            parts = {**self.set.parts, "model.experts": number}
+            object.__setattr__(self, "set", replace(self.set, parts=parts))
 
     @property
     def protocol_settings(self) -> Protocol:

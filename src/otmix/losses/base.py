@@ -64,7 +64,8 @@ class Criterion(nn.Module):
 
         `class_weight [K]` weighs each term by its own label. `reduction` "mean" divides by B. "weighted-mean" is what
         two calls of `F.cross_entropy(weight=w)` give, as in the released code: each of the two terms is divided by the
-        sum of its own batch's weights, so that a weight no longer trades one term off against the other.
+        sum of its own batch's weights, so that a weight no longer trades one term off against the other. Of more than
+        two labels (soft ones, of which that code says nothing) the sum is of share · weight, as of hard labels.
 
         Raises UserError for another reduction, and for logits or labels in place of an `Output` and a `Target`.
         """
@@ -83,7 +84,9 @@ class Criterion(nn.Module):
         if reduction == "weighted-mean" and class_weight is not None:
             weights = class_weight[target.labels]  # [B,S]
             losses = torch.stack([weighted(labels) for labels in target.labels.unbind(1)], dim=1)
-            loss = ((target.shares * losses).sum(0) / weights.sum(0)).sum()
+            of_two = weights.shape[1] <= 2
+            divisor = weights.sum(0) if of_two else (target.shares * weights).sum()
+            loss = ((target.shares * losses).sum(0) / divisor).sum()
         else:
             loss = target.combine(weighted).mean()
         free = self.label_free(output, progress)

@@ -2,7 +2,7 @@
 
 from otmix.methods.checking import check_read, check_settings
 from otmix.methods.method import Method, base_name, experts, loss_part, mixer_part
-from otmix.methods.names import all_methods, known_losses, known_mixers, parse_method, protocol_differences
+from otmix.methods.names import all_methods, experts_of, known_losses, known_mixers, parse_method, protocol_differences
 from otmix.methods.parts import (
     ALIASES,
     ARCHITECTURE_PARTS,
@@ -31,6 +31,7 @@ __all__ = [
     "check_read",
     "check_settings",
     "experts",
+    "experts_of",
     "known_losses",
     "known_mixers",
     "loss_part",

@@ -51,8 +51,12 @@ def _spelt(title: str) -> str:
 
 
 def _of_tables(text: str) -> str:
-    """What the paper's tables call rows that have shorter names here: "RIDE (3 experts)", "ResNet-32 (baseline)"."""
+    """What the paper's tables call rows that have shorter names here: "RIDE (3 experts)", "ResNet-32 (baseline)", and
+    "+ OTmix (Cutmix)" below that.
+    """
     left, plus, mixer = text.partition("+")
+    if plus and not left and _canonical_mixer(mixer) in known_mixers():
+        return mixer
     if found := re.fullmatch(r"ride-(\d+)-experts?", left):
         if found[1] != "3":
             raise UserError(
@@ -60,6 +64,13 @@ def _of_tables(text: str) -> str:
             )
         left = "ride"
     return f"{'ce' if left == 'resnet-32-baseline' else left}{plus}{mixer}"
+
+
+def experts_of(title: str) -> tuple[str, int] | None:
+    """ "ride+otmix" and 4 for the paper's "RIDE (4 experts) + OTmix"; None for what is no such title."""
+    left, plus, mixer = _spelt(title).partition("+")
+    found = re.fullmatch(r"ride-(\d+)-experts?", left)
+    return (f"ride{plus}{mixer}", int(found[1])) if found else None
 
 
 def _named(text: str, names: Iterable[str], part: Callable[[str], Part]) -> str:

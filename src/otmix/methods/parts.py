@@ -190,6 +190,10 @@ PAIRING_PARTS: dict[str, Part] = {
         "Park et al., CVPR 2022",
         "pastes rare-class foregrounds into backgrounds taken at random; under the settings of otmix, so that the two "
         "differ in the pairing alone (CMO's own code: alpha 1, box clipped, foreground_r 0)",
+        (
+            "CMO's paper draws a class with q_k ~ n_k^-r and r = 1; its code gives each image the weight 1/n_k, so all "
+            "classes are equally frequent, which is foreground_r 0 here.",
+        ),
     ),
     "otmix": Part(
         "OTmix",
