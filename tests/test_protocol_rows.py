@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from otmix.config import RunConfig
 from otmix.data import ImageDataset
@@ -319,6 +320,17 @@ def test_what_the_run_of_a_fixed_confusion_saw_counts(
         write_json(tmp_path / "result.json", {"looks_at_test": looked})
         changed = Overrides(confusion_run=str(tmp_path)) if method == "otmix" else Overrides()
         assert prepare(RunConfig(method=method, set=changed), digits).looks_at_test() == (looked and told)
+
+
+def test_what_the_run_of_the_weights_saw_counts(digits: ImageDataset, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    plain = prepare(RunConfig(data="digits", method="erm"), digits)
+    save_file(plain.model.state_dict(), weights)
+    config = RunConfig(data="digits", method="erm", weights=str(weights))
+    assert not prepare(config, digits).looks_at_test()
+    for result, looked in (({"looks_at_test": True}, True), ({"looks_at_test": False}, False), ([1], False)):
+        write_json(tmp_path / "result.json", result)
+        assert prepare(config, digits).looks_at_test() == looked
 
 
 def test_a_fixed_confusion_must_fit(digits: ImageDataset, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from otmix.config import RunConfig, with_defaults
 from otmix.data import ImageDataset, ImageSource, ImageStore, load_dataset, open_store
 from otmix.errors import UserError
-from otmix.files import read_object
+from otmix.files import read_json
 from otmix.losses import Criterion
 from otmix.methods import Method, check_read, parse_method
 from otmix.methods.building import architecture_of, build_criterion
@@ -48,14 +48,14 @@ class Plan:
     _stores: dict[str, ImageStore] = field(default_factory=dict, init=False, repr=False)
 
     def looks_at_test(self) -> bool:
-        """Whether the test set will have any influence, be it through the run that a fixed F comes from."""
-        protocol = self.protocol
+        """Whether the test set will have any influence, be it through the run that a fixed F or the weights come from."""
+        protocol, weights = self.protocol, self.config.weights
+        if weights is not None and _looked(Path(weights).parent):
+            return True
         if not self.method.uses_confusion:
             return protocol.headline == "best-on-test"
         teacher = protocol.confusion_run
-        return protocol.looks_at_test or (
-            teacher is not None and bool(read_object(Path(teacher) / "result.json").get("looks_at_test"))
-        )
+        return protocol.looks_at_test or (teacher is not None and _looked(Path(teacher)))
 
     def store(self, split: str, fabric: Fabric, progress: Callable[[int, int], None] | None = None) -> ImageStore:
         """The images of a split as evaluation sees them, opened once. Raises UserError when the data has none."""
@@ -145,6 +145,13 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
     assert config.schedule is not None
     deferred = Schedule.named(config.schedule).deferred
     return parse_method(config.method).effective(config.protocol, config.set, deferred)
+
+
+def _looked(run_dir: Path) -> bool:
+    """Whether the run there, if there is one, looked at the test set."""
+    path = run_dir / "result.json"
+    result = read_json(path) if path.is_file() else None
+    return isinstance(result, dict) and bool(result.get("looks_at_test"))
 
 
 def filled_in(config: RunConfig, image_size: int, small: bool, images: int) -> RunConfig:
