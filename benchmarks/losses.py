@@ -3,8 +3,8 @@ features or the whole batch, 6 ×), and the memory they need.
 
     python benchmarks/losses.py [--device cuda] [--rounds 9] [--only NAME …] [--json FILE]
 
-Timed is a loss alone: the mean of `per_label`, or the whole call of one that sees the batch as a whole (lade). In training
-a mix has two labels, for which `per_label` is asked twice.
+Timed is a loss alone: the mean of `per_label`, or the whole call of one that sees the batch as a whole (lade). In
+training a mix has two labels, for which `per_label` is asked twice.
 
 In each round all losses take turns with cross-entropy just before each; a round is the mean time of several calls, as
 many as take `--seconds`, from logits `[B,K]` that want a gradient to that gradient. Printed are the median times, and

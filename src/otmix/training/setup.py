@@ -48,7 +48,7 @@ class Plan:
     _stores: dict[str, ImageStore] = field(default_factory=dict, init=False, repr=False)
 
     def looks_at_test(self) -> bool:
-        """Whether the test set will have any influence, be it through the run that a fixed F or the weights come from."""
+        """Whether the test set will have any influence, be it by the run that a fixed F or the weights come from."""
         protocol, weights = self.protocol, self.config.weights
         if weights is not None and _looked(Path(weights).parent):
             return True
