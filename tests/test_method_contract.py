@@ -2,6 +2,7 @@
 by being in it.
 """
 
+import math
 import re
 import runpy
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from otmix.cli import main
 from otmix.errors import UserError
-from otmix.losses import LOSSES, Criterion, register_loss
+from otmix.losses import LOSSES, Criterion, CrossEntropy, register_loss
 from otmix.methods import REBALANCING_PARTS, known_losses, known_mixers, loss_part, parse_method
 from otmix.methods.parts import REBALANCING_DEFAULTS
 from otmix.mixing import PIXEL_RULES, Mixup, mix_of_two
-from otmix.protocols import PROTOCOLS, Overrides
+from otmix.protocols import PROTOCOLS, Overrides, ProtocolName
 from otmix.settings import settings_of
 from otmix.training import contract
 from otmix.training.loop import train_epoch
@@ -112,6 +113,121 @@ def test_a_loss_that_breaks_the_contract_is_found_out(monkeypatch: pytest.Monkey
     assert [problem for problem in problems.values() if problem] == [
         "these parameters never change: head.weight, head.bias"
     ]
+
+
+class Lost(CrossEntropy):
+    """NaN."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        return super().per_label(output, labels, progress) * math.nan
+
+
+class Huge(CrossEntropy):
+    """A loss whose sum over a batch is not finite, though it is itself."""
+
+    def label_free(self, output: Output, progress: float) -> Tensor:
+        return torch.tensor(1e38)
+
+
+class Moody(CrossEntropy):
+    """Something new in each call, which moves no weight."""
+
+    draw = torch.Generator().manual_seed(0)
+
+    def label_free(self, output: Output, progress: float) -> Tensor:
+        return torch.rand((), generator=self.draw)
+
+
+class Jumpy(CrossEntropy):
+    """The gradient of the run's last step has a random factor; no loss shows it."""
+
+    draw = torch.Generator().manual_seed(0)
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        loss = super().per_label(output, labels, progress)
+        last = len(labels) == 1 and progress == (contract.EPOCHS - 1) / contract.EPOCHS
+        return loss + (loss - loss.detach()) * torch.rand((), generator=self.draw) if last else loss
+
+
+class Silent(CrossEntropy):
+    """A loss that is 0 and yet has a gradient."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        loss = super().per_label(output, labels, progress)
+        return loss - loss.detach()
+
+
+class Doubtful(CrossEntropy):
+    """Probabilities that do not sum to 1."""
+
+    def probabilities(self, output: Output) -> Tensor:
+        return super().probabilities(output) * 0.9
+
+
+class Exact(CrossEntropy):
+    """NaN for float32 logits that have been bfloat16, as in our loop."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        loss, logits = super().per_label(output, labels, progress), output.logits
+        return loss * math.nan if logits.dtype == torch.float32 and logits.equal(logits.bfloat16().float()) else loss
+
+
+class Float(CrossEntropy):
+    """A loss that raises on bfloat16 logits."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        return super().per_label(output, labels, progress) + (output.logits @ torch.zeros(4, 1)).squeeze(1)
+
+
+class Fragile(CrossEntropy):
+    """Infinite for bfloat16 logits, late in the run."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        loss = super().per_label(output, labels, progress)
+        return loss / 0 if output.logits.dtype == torch.bfloat16 and progress > 0.5 else loss
+
+
+class Average(CrossEntropy):
+    """One loss for a batch of bfloat16 logits."""
+
+    def per_label(self, output: Output, labels: Tensor, progress: float) -> Tensor:
+        loss = super().per_label(output, labels, progress)
+        return loss.mean() if output.logits.dtype == torch.bfloat16 else loss
+
+
+@pytest.mark.parametrize(
+    ("check", "loss", "problem"),
+    [
+        ("_trains", Lost, "not finite numbers at step 0 of epoch 0"),
+        ("_trains", Huge, "the loss of epoch 0 is inf"),
+        ("_repeats", Moody, "two runs with seed 1 have the losses"),
+        ("_repeats", Jumpy, "two runs with seed 1 have other weights"),
+        ("_repeats", Silent, "seeds 1 and 2 have the same losses"),
+        ("_predicts", Doubtful, "the probabilities of three images: "),
+        ("_works_in_bfloat16", Exact, "not finite numbers at step 0 of epoch 0"),
+        (
+            "_works_in_bfloat16",
+            Float,
+            r"take bfloat16 logits .* it raises RuntimeError: .*test_method_contract.py, line",
+        ),
+        ("_works_in_bfloat16", Fragile, "take bfloat16 logits .* it gives inf"),
+        ("_works_in_bfloat16", Average, r"take bfloat16 logits .* it gives the shape \[\] for 8 images"),
+    ],
+)
+def test_each_check_finds_a_loss_that_breaks_it(
+    check: str, loss: type[Criterion], problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(LOSSES, "bad", loss)
+    (run,) = (one for one in contract.CHECKS if one.__name__ == check)
+    with pytest.raises((contract._Broken, UserError), match=problem):
+        run(parse_method("bad"), tmp_path)
+
+
+def test_every_loss_takes_bfloat16_logits(tmp_path: Path) -> None:
+    """Alone, of experts and of branches."""
+    for loss in known_losses():
+        for name in (loss, f"ride-{loss}", f"bbn-{loss}"):
+            contract._takes_bfloat16(contract.tiny_run(parse_method(name), tmp_path))
 
 
 @pytest.mark.parametrize("start", [0.5, 0.9])
@@ -389,6 +505,25 @@ def test_a_pixel_rule_runs_with_the_numbers_of_its_paper(
     assert {key: value for key, value in vars(mixer.mixer).items() if key != "counts"} == rule
 
 
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("ce-drw", ("weighted-mean", "weighted-mean", "weighted-mean")),
+        ("ce-drw+remix", ("mean", "mean", "mean")),
+        ("ce-drw+unimix", ("mean", "mean", "mean")),
+        ("ce-drw+cutmix", ("mean", "weighted-mean", "weighted-mean")),
+        ("ce-drw+otmix", ("mean", "weighted-mean", "weighted-mean")),
+        ("ce-drw+otmix-remix", ("mean", "weighted-mean", "weighted-mean")),
+        ("ce-drw+cmo-unimix", ("mean", "weighted-mean", "weighted-mean")),
+    ],
+)
+def test_how_class_weights_are_averaged(name: str, means: tuple[str, str, str]) -> None:
+    """Under `paper`, `official` and `clean`. Remix and UniMix within the batch have the mean of their papers' codes."""
+    method = parse_method(name)
+    protocols: tuple[ProtocolName, ...] = ("paper", "official", "clean")
+    assert tuple(method.protocol(protocol).weighted_mean for protocol in protocols) == means
+
+
 def test_a_value_has_one_spelling() -> None:
     """2, 2.0 and 2e0 are one run; what a setting cannot be is refused."""
     method = parse_method("logit-adjustment")
@@ -432,12 +567,31 @@ def test_listed_defaults_are_those_that_run(tmp_path: Path) -> None:
     assert "mixer.tau" not in parse_method("otmix-unimix").part_settings
 
 
-def test_rides_temperature_begins_with_its_weights(tmp_path: Path) -> None:
-    for schedule, start in (("steps", 160 / 240), ("ldam", 160 / 200)):
-        run = contract.tiny_run(parse_method("ride"), tmp_path, schedule=schedule)
-        assert run.stage.criterion.temperature_start == start  # type: ignore[union-attr]
-        assert run.stage.reweighting is not None
-        assert run.stage.reweighting.start == start
+@pytest.mark.parametrize(
+    ("schedule", "start"),
+    [
+        ("steps", 160 / 240),
+        ("ldam", 160 / 200),
+        ("bbn", 160 / 200),
+        ("imagenet-lt", 80 / 200),
+        ("inaturalist", 160 / 210),
+        ("cosine", 160 / 240),
+    ],
+)
+def test_what_is_deferred_begins_when_the_schedule_says(schedule: str, start: float, tmp_path: Path) -> None:
+    """Class weights, drawing classes evenly, and RIDE's temperature, in the run that is built."""
+    for name in ("ce-drw", "ldam-drw+otmix", "ride", "bbn-ce-drw"):
+        run = contract.tiny_run(parse_method(name), tmp_path, schedule=schedule)
+        assert run.stage.reweighting is not None, name
+        assert run.stage.reweighting.class_weight(start - 1e-6) is None, name
+        assert run.stage.reweighting.class_weight(start) is not None, name
+        if name == "ride":
+            assert run.stage.criterion.temperature_start == start
+    for name in ("ce-drs", "ldam-drs+otmix"):
+        law = contract.tiny_run(parse_method(name), tmp_path, schedule=schedule).background.law
+        assert law is not None, name
+        assert law(start - 1e-6) is None, name
+        assert law(start) is not None, name
 
 
 @pytest.mark.parametrize("bad", [{"rebalancing.start": 5}, {"rebalancing.beta": 1}])

@@ -31,7 +31,7 @@ from otmix.training.launch import make_fabric
 from otmix.training.loop import Interrupted, RunState, checkpoint_path, finish_epoch, restore, save, train_epoch
 from otmix.training.reporter import Silent
 from otmix.training.setup import prepare
-from otmix.types import Batch, Items
+from otmix.types import Batch, Items, Output
 
 COUNTS = (9, 4, 3, 1)
 """Training images per class: one class has a single image, and with batches of 8 the last batch has one."""
@@ -267,9 +267,31 @@ def _predicts(method: Method, folder: Path) -> None:
 
 
 def _works_in_bfloat16(method: Method, folder: Path) -> None:
-    """trains in bfloat16"""
-    for loss in epochs(tiny_run(method, folder, precision="bf16-mixed")):
+    """trains in bfloat16, with a loss that takes bfloat16 logits"""
+    run = tiny_run(method, folder, precision="bf16-mixed")
+    for loss in epochs(run):
         _expect(math.isfinite(loss), f"a loss is {loss}")
+    _takes_bfloat16(run)
+
+
+def _takes_bfloat16(run: RunState) -> None:
+    """Our loop gives a loss float32, whatever the precision; one's own under autocast gives it bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        said = run.state.model.eval()(torch.rand(BATCH, 3, SIDE, SIDE, generator=draw))
+    rounded = [None if one is None else one.bfloat16() for one in (said.features, said.expert_logits)]
+    output, labels = Output(said.logits.bfloat16(), *rounded), torch.arange(BATCH) % len(COUNTS)
+    must = (
+        "per_label must take bfloat16 logits and features, which a model under autocast gives in a loop of one's own, "
+        "and give a finite loss of each image; begin with output.logits.float(). Here it"
+    )
+    for epoch in (0, EPOCHS - 1):
+        try:
+            losses = run.state.criterion.per_label(output, labels, epoch / EPOCHS)
+        except Exception as error:  # someone's own code
+            raise _Broken(f"{must} raises {_told(error)}") from error
+        _expect(losses.shape == labels.shape, f"{must} gives the shape {list(losses.shape)} for {BATCH} images")
+        _expect(bool(losses.isfinite().all()), f"{must} gives {_listed(losses)}")
 
 
 CHECKS: tuple[Callable[[Method, Path], None], ...] = (
