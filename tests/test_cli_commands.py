@@ -413,6 +413,30 @@ def test_methods_lists_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ride-drw = ride-ce-drw" in printed
 
 
+def test_methods_says_what_each_part_is() -> None:
+    """Its title and paper, what it changes and what it combines with, in one row."""
+    from rich.console import Console
+
+    from otmix.cli.listings import list_methods
+    from otmix.methods import ARCHITECTURE_PARTS, PAIRING_PARTS, REBALANCING_PARTS, Part, loss_part, mixer_part
+    from otmix.methods.parts import LOSS_PARTS, PIXEL_PARTS
+
+    stream = io.StringIO()
+    list_methods(Console(file=stream, width=2000))  # so wide that no cell is broken
+    rows = {line.split()[0]: " ".join(line.split()) for line in stream.getvalue().splitlines() if line.strip()}
+    pixels = ", ".join(f"-{name}" for name in PIXEL_PARTS if name != "cutmix")
+    parts: dict[str, tuple[Part, str]] = {name: (loss_part(name), "everything") for name in LOSS_PARTS}
+    parts |= {f"-{name}": (part, "every loss, mixer and architecture") for name, part in REBALANCING_PARTS.items()}
+    parts |= {f"+{name}": (mixer_part(name), "all but bbn-") for name in PIXEL_PARTS}
+    parts |= {f"+{name}": (part, f"all but bbn-; with {pixels}") for name, part in PAIRING_PARTS.items()}
+    parts["ride-"] = ARCHITECTURE_PARTS["ride"], "every loss, rebalancing and mixer"
+    parts["bbn-"] = ARCHITECTURE_PARTS["bbn"], "every loss, rebalancing; no mixer"
+    assert len(parts) == len(LOSS_PARTS) + len(REBALANCING_PARTS) + len(PIXEL_PARTS) + len(PAIRING_PARTS) + 2
+    for name, (part, partners) in parts.items():
+        assert part.title and part.paper and part.changes, name
+        assert rows[name] == f"{name} {part.title} {part.paper} {part.changes} {partners}"
+
+
 @pytest.mark.parametrize("name", ["erm", "cmo", "otmix", "ce-drw+otmix"])
 def test_methods_explains_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     from otmix.methods import parse_method

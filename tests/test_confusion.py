@@ -177,6 +177,20 @@ def test_noise_replaces_a_share_of_each_row(k: int, share: float, seed: int) -> 
         assert not torch.allclose(wrong.matrix, true.matrix)
 
 
+@given(k=st.integers(2, 12), share=st.floats(0.05, 1), shuffle=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99))
+def test_the_share_of_noise_is_the_share_that_is_named(k: int, share: float, shuffle: float, seed: int) -> None:
+    """What stands beside 1 - share of F is one random matrix, whatever F and the share are."""
+    noise = perturb(some_confusion(k, 1), 0.0, 1.0, drawn(seed)).matrix
+    torch.testing.assert_close(noise.sum(1), torch.ones(k))
+    assert bool((noise >= 0).all())
+    true = some_confusion(k)
+    true.matrix[0] = 0  # a class that was never seen: of it nothing is noise
+    kept = perturb(true, shuffle, 0.0, drawn(seed)).matrix
+    wrong = perturb(true, shuffle, share, drawn(seed)).matrix
+    rest = (wrong - (1 - share) * kept) / share
+    torch.testing.assert_close(rest, noise * kept.sum(1, keepdim=True), atol=2e-5, rtol=1e-4)
+
+
 @given(k=st.integers(2, 12), shuffle=st.sampled_from([0.0, 0.5, 1.0]), noise=st.sampled_from([0.0, 0.3]))
 def test_a_sparse_matrix_is_made_wrong_as_a_dense_one(k: int, shuffle: float, noise: float) -> None:
     true = some_confusion(k)

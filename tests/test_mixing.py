@@ -156,6 +156,18 @@ def test_exact_boxes_are_uniform_among_their_places() -> None:
     assert chisquare(places.numpy()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("box", "places"), [("exact", 3 * 3), ("clipped", 8 * 6)])
+def test_each_image_of_a_batch_has_a_box_at_a_place_of_its_own(box: Any, places: int) -> None:
+    """Of one draw, and all of one size: 6 x 4 in 8 x 6, or 4 x 4 around any pixel where what sticks out is cut off."""
+    boxes = CutMix(1e6, box, "image").draw(40_000, 8, 6, generator(0))
+    kinds, place = boxes.unique(dim=0, return_inverse=True)
+    assert len(kinds) == places
+    assert kinds[:, 2:].amax(0).tolist() == ([6, 4] if box == "exact" else [4, 4])
+    assert chisquare(torch.bincount(place).numpy()).pvalue > 1e-3
+    pairs = place[::2] * places + place[1::2]  # the place of one image says nothing of the next one's
+    assert chisquare(torch.bincount(pairs, minlength=places**2).numpy()).pvalue > 1e-3
+
+
 def reference_box(share: float, y: int, x: int, height: int, width: int) -> list[int]:
     """Released code, in plain integers: sides rounded down, half of them (rounded down) on each side, clipped."""
     half_height, half_width = int(height * math.sqrt(1 - share)) // 2, int(width * math.sqrt(1 - share)) // 2

@@ -227,10 +227,13 @@ def test_soft_and_hard_counts(digits: ImageDataset, tmp_path: Path) -> None:
     ("setting", "value"),
     [
         ("omega", 0.5),
+        ("omega", 0.0),
+        ("omega", 1.0),
         ("metric", "euclidean"),
         ("keep_diagonal", True),
         ("epsilon", 0.1),
         ("select", "sample"),
+        ("select", "softmax"),
         ("alpha", 0.2),
     ],
 )
@@ -286,13 +289,21 @@ def test_how_a_confusion_is_wrong_is_drawn_by_the_seed(digits: ImageDataset, tmp
     assert not torch.equal(once, other)
 
 
-def test_a_fixed_confusion(digits: ImageDataset, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of which F can be had."""
+    from otmix.training import train
+
+    folder = tmp_path_factory.mktemp("finished") / "teacher"
+    train(RunConfig(data="digits", method="erm", epochs=2, batch_size=128, evaluate_every=2, out=str(folder)))
+    return folder
+
+
+def test_a_fixed_confusion(digits: ImageDataset, teacher: Path, tmp_path: Path) -> None:
     """F is the finished run's from the first step on, on the data that are named, and no epoch changes it."""
-    from otmix.training import open_run, train
+    from otmix.training import open_run
     from otmix.training.loop import finish_epoch, train_epoch
 
-    teacher = tmp_path / "teacher"
-    train(RunConfig(data="digits", method="erm", epochs=2, batch_size=128, evaluate_every=2, out=str(teacher)))
     run = build(digits, tmp_path, epochs=2, confusion_run=str(teacher), confusion_from="train", confusion_soft=False)
     assert run.confusion_source is None
     assert run.confusion is not None
@@ -309,6 +320,22 @@ def test_a_fixed_confusion(digits: ImageDataset, tmp_path: Path) -> None:
     train_epoch(run)
     finish_epoch(run)
     assert torch.equal(run.confusion.matrix, before)
+
+
+@pytest.mark.parametrize("setting", ["confusion_shuffle", "confusion_noise"])
+def test_a_fixed_confusion_can_be_made_wrong(digits: ImageDataset, teacher: Path, tmp_path: Path, setting: str) -> None:
+    """As an adaptive one of the same seed is."""
+    data: dict[str, Any] = {"confusion_from": "balanced-train", "confusion_per_class": 5}
+    right = build(digits, tmp_path, confusion_run=str(teacher), **data).confusion
+    wrong = build(digits, tmp_path, confusion_run=str(teacher), **data, **{setting: 0.5}).confusion
+    adaptive = build(digits, tmp_path, **data, **{setting: 0.5}).confusion_source
+    assert right is not None
+    assert wrong is not None
+    assert adaptive is not None
+    assert not torch.allclose(wrong.matrix, right.matrix, atol=0.01)
+    torch.testing.assert_close(wrong.matrix, adaptive.perturb(right).matrix)
+    assert "wrong on purpose" not in str(right.origin)
+    assert "wrong on purpose" in str(wrong.origin)
 
 
 @pytest.mark.parametrize(("method", "told"), [("otmix", True), ("cmo", False)])
