@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from otmix.config import RunConfig
-from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset, require_readable
-from otmix.data.folder import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIZE
+from otmix.data import ArraySource, FileSource, ImageDataset, folder, load_dataset, require_readable
+from otmix.data.folder import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIZE, choose_image_size
 from otmix.errors import UserError
 from otmix.models import default_backbone, timm_data_config
 from otmix.training import train
@@ -86,6 +86,33 @@ def test_validation_alone_is_the_test_split_and_says_so(tmp_path: Path) -> None:
     assert data.test is not None
     assert names(data.test) == ["val/a/0.png", "val/b/0.png"]
     assert any("Only val/" in note and "held-out test" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("small", ["a", "z"])
+def test_the_size_does_not_hang_on_what_a_class_is_called(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1,023 images, of which every second is looked at, 300 are small."""
+    paths = sorted([*numbered(small, 300), *numbered("b", 212), *numbered("c", 511)])
+    source = FileSource(tmp_path, tuple(paths), torch.zeros(1023, dtype=torch.int64), 3)
+    looked: list[Path] = []
+
+    def size(path: Path) -> tuple[int, int]:
+        looked.append(path)
+        return (32, 32) if path.parent.name == small else (300, 300)
+
+    monkeypatch.setattr(folder, "size_of", size)
+    assert choose_image_size(source) == LARGE_SIZE
+    assert 500 < len(looked) <= 512
+    assert {path.parent.name for path in looked} == {small, "b", "c"}
+
+
+def test_a_share_for_a_test_split_that_is_there_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, *numbered("train/a", 3), *numbered("train/b", 3), *numbered("test/a", 1), *numbered("test/b", 1))
+    with pytest.raises(UserError, match=r"--test-fraction changes nothing for .*, which has a test split"):
+        load(tmp_path, test_fraction=0.3)
+    with pytest.raises(UserError, match="--test-fraction changes nothing for digits"):
+        load_dataset("digits", test_fraction=0.3)
 
 
 def test_one_tree_is_split_by_class(tmp_path: Path) -> None:

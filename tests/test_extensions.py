@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import linecache
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from otmix.cli import main
 from otmix.errors import UserError
+from otmix.experiments.jobs import write_config
 from otmix.extensions import UNKNOWN, hash_of, hash_of_definition, import_files
 from otmix.losses import LOSSES, CrossEntropy, register_loss
 from otmix.mixing import PIXEL_RULES, Mixup, register_mixer
+from otmix.training import open_run
+from otmix.training.records import read_config
 
 LOSS = """
 from helper_of_mine import SCALE
@@ -93,6 +99,45 @@ def test_a_cell_may_be_run_again() -> None:
         register_loss("ce")(CrossEntropy)
     with pytest.raises(UserError, match="already a mixer named 'mixup'"):
         register_mixer("mixup")(Mixup)
+
+
+CHOOSY = """
+from typing import Literal
+from otmix.losses import CrossEntropy, register_loss
+
+@register_loss("mine")
+class Mine(CrossEntropy):
+    def __init__(self, counts, clip: float | None = 1.0, mode: Literal["on", "off"] = "on"):
+        super().__init__(counts)
+        self.clip, self.mode = clip, mode
+
+    def per_label(self, output, labels, progress):
+        loss = super().per_label(output, labels, progress)
+        return loss if self.clip is None else loss.clamp(max=self.clip)
+"""
+
+
+def test_a_setting_may_be_none_or_a_word_that_yaml_has_for_something_else(tmp_path: Path) -> None:
+    """It reaches the loss, the records, a run that goes on, and those of `compare --jobs`."""
+    source = tmp_path / "choosy.py"
+    source.write_text(CHOOSY)
+    tiny = ["--method", "mine", "--max-per-class", "10", "--epochs", "1", "--import", str(source)]
+    tiny += ["--set.loss.clip", "none", "--set.loss.mode", "off"]
+    run_dir = tmp_path / "run"
+    assert main(["train", *tiny, "--out", str(run_dir)]) == 0
+    settings = json.loads((run_dir / "settings.json").read_text())
+    assert (settings["loss.clip"], settings["loss.mode"]) == (None, "off")
+    criterion: Any = open_run(run_dir).criterion
+    assert (criterion.clip, criterion.mode) == (None, "off")
+    assert main(["train", *tiny, "--out", str(run_dir), "--resume"]) == 0
+    assert main(["train", "--resume", "--out", str(run_dir), "--import", str(source)]) == 0
+    again = tmp_path / "again"
+    file = ["--config", str(run_dir / "config.yaml"), "--import", str(source)]
+    assert main(["train", *file, "--out", str(again)]) == 0
+    assert json.loads((again / "settings.json").read_text()) == settings
+    write_config(read_config(run_dir), tmp_path / "child.yaml")  # as for a process of --jobs
+    assert main(["train", "--config", str(tmp_path / "child.yaml"), *file[2:], "--out", str(tmp_path / "child")]) == 0
+    assert json.loads((tmp_path / "child" / "settings.json").read_text()) == settings
 
 
 def test_what_defines_a_class_of_a_notebook_is_its_own_text() -> None:

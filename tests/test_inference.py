@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from otmix import inference
 from otmix.cli import main
 from otmix.config import RunConfig
 from otmix.data import FileSource, ImageDataset, ImageStore, load_dataset, open_store
@@ -221,6 +222,20 @@ def test_the_ranking_is_sorted_and_complete(run: Path, images: Path) -> None:
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
         assert (one.class_name, one.probability) == one.top[0]
     assert {len(one.top) for one in predict_paths(run, [images / "test"], top=2, device="cpu")} == {2}
+
+
+def test_of_equally_probable_classes_the_first_comes_first(
+    run: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the run's evaluation; low precision makes such ties."""
+    tied = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.4, 0.2, 0.4], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 1.0]])
+    monkeypatch.setattr(inference, "predict_probabilities", lambda *_, **__: (tied.repeat(3, 1), None, None))
+    found = list(predict_paths(run, [images / "test"], top=3, batch_size=15, device="cpu"))
+    names = open_run(run).class_names
+    for one, row in zip(found, tied.repeat(3, 1).tolist(), strict=True):
+        order = sorted(range(3), key=lambda k: -row[k])
+        assert [name for name, _ in one.top] == [names[k] for k in order]
+        assert one.class_name == names[row.index(max(row))]
 
 
 def test_the_batch_size_changes_neither_order_nor_classes(run: Path, images: Path) -> None:

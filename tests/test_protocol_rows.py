@@ -2,6 +2,7 @@
 real run.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,11 @@ def test_what_the_run_of_the_weights_saw_counts(digits: ImageDataset, tmp_path: 
     for result, looked in (({"looks_at_test": True}, True), ({"looks_at_test": False}, False), ([1], False)):
         write_json(tmp_path / "result.json", result)
         assert prepare(config, digits).looks_at_test() == looked
+    (tmp_path / "result.json").unlink()  # the best so far of a run that has not ended
+    write_json(tmp_path / "environment.json", {"looks_at_test": True})
+    assert prepare(config, digits).looks_at_test()
+    with pytest.raises(UserError, match="--pretrained changes nothing with --weights"):
+        prepare(replace(config, pretrained=True), digits)
 
 
 def test_a_fixed_confusion_must_fit(digits: ImageDataset, tmp_path: Path) -> None:

@@ -150,6 +150,9 @@ class RunConfig:
         self._take_experts()
         for name, kinds in _kinds().items():
             object.__setattr__(self, name, _in_kind(name, kinds, getattr(self, name)))
+        for name in ("root", "weights"):  # photos, photos/ and ./photos are one folder
+            if path := getattr(self, name):
+                object.__setattr__(self, name, os.path.normpath(path))
         for name, choices in _choices().items():
             value = getattr(self, name)
             if value is not None and value not in choices:

@@ -147,9 +147,15 @@ def in_type(file: Path, key: str, hint: Any, value: Any) -> Any:
     return value if kind is str else Setting(key, kind, None, "").convert(value, shown)
 
 
+def of_a_part(key: str) -> bool:
+    """Whether it is one like set.loss.tau, which may be None for another reason than that nothing was said."""
+    return key.count(".") == 2
+
+
 def read_record(file: Path) -> RunConfig:
     """The configuration in the config.yaml of a run. Raises UserError where it is not as a run writes it."""
-    values = {key: value for key, value in read_values(file, of_a_run=True).items() if value is not None}
+    read = read_values(file, of_a_run=True)
+    values = {key: value for key, value in read.items() if value is not None or of_a_part(key)}
     if missing := [name for name in ("data", "method", *FILLED_IN) if name not in values]:
         raise UserError(f"{file} is damaged: it lacks {', '.join(missing)}; restore it, or repeat the run")
     hints, of_protocol = get_type_hints(RunConfig), get_type_hints(Protocol)

@@ -239,7 +239,8 @@ def _judge(run: Run, fabric: Fabric, files: Sequence[Path], pixels: Tensor, top:
     probabilities, _, _ = predict_probabilities(
         run.model, [batch], probabilities=run.criterion.probabilities, autocast=fabric.autocast
     )
-    values, classes = probabilities.topk(top, dim=1)
+    # of equal ones the first class, as evaluation has it; topk takes any
+    values, classes = (ranked[:, :top] for ranked in probabilities.sort(dim=1, descending=True, stable=True))
     for file, p, which in zip(files, values.tolist(), classes.tolist()):
         ranked = tuple((run.class_names[k], value) for k, value in zip(which, p))
         yield Prediction(str(file), *ranked[0], ranked)

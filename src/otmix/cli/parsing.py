@@ -17,7 +17,7 @@ from typing import Any
 
 from otmix.cli.arguments import OWN, REQUIRED, Argument, arguments_of, config_parameter
 from otmix.config import ADDED, RunConfig
-from otmix.config_file import PLACES, in_type, parse_yaml, read_values
+from otmix.config_file import PLACES, in_type, of_a_part, parse_yaml, read_values
 from otmix.errors import UserError
 from otmix.files import from_home
 from otmix.protocols import Overrides
@@ -173,7 +173,7 @@ def _read_config(
     takes_methods = any(a.key == METHODS for a in arguments)
     known_lists = {METHODS, IMPORT} if takes_methods else {IMPORT}
     everything = read_values(file, own | known_lists, command=command, of_a_run=of_a_run)
-    values = {key: value for key, value in everything.items() if value is not None}
+    values = {key: value for key, value in everything.items() if value is not None or of_a_part(key)}
     lists = {key: _texts(file, key, values.pop(key)) for key in known_lists & values.keys()}
     # the record of a run has one, which is not meant here
     if takes_methods and "method" in values and settings - everything.keys() - {"set", *ADDED}:
@@ -185,7 +185,7 @@ def _read_config(
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
     read = {key: in_type(file, key, taken[key].hint, value) for key, value in values.items() if key in taken}
     found = {key: value if taken[key].switch else str(value) for key, value in read.items()}
-    return found | {key: str(value) for key, value in values.items() if key.count(".") == 2}, lists
+    return found | {key: str(value) for key, value in values.items() if of_a_part(key)}, lists
 
 
 def _texts(file: Path, key: str, value: Any) -> list[str]:
@@ -204,7 +204,9 @@ def _in_yaml(parts: Mapping[str, str | bool]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in parts.items():
         try:
-            values[key] = parse_yaml(text) if isinstance(text, str) else text
+            value = parse_yaml(text) if isinstance(text, str) else text
+            # on and off are names that a setting may have
+            values[key] = text if isinstance(value, bool) and str(text).lower() not in ("true", "false") else value
         except (yaml.YAMLError, ValueError):
             raise UserError(
                 f"--set.{key} must be a plain value, it is {text}; give a number, a name, true or false"

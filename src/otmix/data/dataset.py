@@ -27,6 +27,7 @@ from otmix.wording import counted
 
 CIFAR_VALIDATION = 1000
 _SMALLEST = 4
+TEST_FRACTION = 0.2
 _LISTED = 20  # files that a note names
 _SPLITS = ("train", "validation", "test")
 
@@ -133,7 +134,7 @@ def load_dataset(
     max_per_class: int | None = None,
     image_size: int | None = None,
     validation_per_class: int | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float = TEST_FRACTION,
     seed: int = 0,
     on_bad_image: Literal["error", "skip"] = "error",
     download: bool = True,
@@ -162,6 +163,10 @@ def load_dataset(
         raw = replace(raw, mean=mean, std=std)
     if on_bad_image == "skip":
         raw = _without_unreadable(raw, progress)
+    if raw.test is not None and test_fraction != TEST_FRACTION:
+        raise UserError(
+            f"--test-fraction changes nothing for {raw.name}, which has a test split of its own; leave it out"
+        )
     raw = _with_test_split(raw, test_fraction, seed)
     raw, size = _with_size(raw, image_size, timm)
     raw = _with_subset(raw, data, imbalance, max_per_class, validation_per_class, seed)

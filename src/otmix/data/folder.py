@@ -83,9 +83,9 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
 
 
 def choose_image_size(source: FileSource, large: int = LARGE_SIZE, sample: int = 512) -> int:
-    """The median shorter side where that is small (<= 64 px), else `large`; from `sample` files' headers."""
-    step = max(1, len(source) // sample)
-    sizes = [size_of(source.root / path) for path in source.paths[::step][:sample]]
+    """The median shorter side where that is small (<= 64 px), else `large`; from up to `sample` files' headers."""
+    step = max(1, -(-len(source) // sample))  # through all of them: they are in the order of the classes
+    sizes = [size_of(source.root / path) for path in source.paths[::step]]
     sides = [min(size) for size in sizes if size is not None]
     size = round(median(sides)) if sides else large
     return size if size <= SMALL else large

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -168,9 +167,6 @@ def _place_in(chosen: Sequence[Method]) -> Callable[[tuple[str, int]], tuple[int
 
 
 def _config(base: RunConfig, method: Method, seed: int, folder: Path) -> RunConfig:
-    # photos and photos/ are one folder, whose runs have one name
-    root, weights = (None if path is None else os.path.normpath(path) for path in (base.root, base.weights))
-    base = replace(base, root=root, weights=weights)
     config = replace(base, method=method.name, seed=seed, out=None, resume=True, set=method.only_own(base.set))
     return replace(config, out=str(default_run_dir(config, folder)))
 

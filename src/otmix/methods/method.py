@@ -207,7 +207,8 @@ class Method:
     ) -> dict[str, Any]:
         """Every setting of this method by its key, at the value it runs with.
 
-        `deferred` is the value of `set_by_schedule`, which are left out where neither it nor a value is given. Raises
+        `deferred` is the value of `set_by_schedule`, which are left out where neither it nor a value is given. One of a
+        part may be None where that was asked for. Raises
         UserError for a value that its setting cannot have.
         """
         overrides = self.converted(overrides or Overrides())
@@ -216,7 +217,7 @@ class Method:
         usual |= dict.fromkeys(self.set_by_schedule, deferred)
         parts = usual | {key: value for key, value in overrides.parts.items() if key in usual}
         values = {key: getattr(protocol, key) for key in self.setting_names} | parts
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key, value in values.items() if value is not None or key in overrides.parts}
 
     def settings(self, protocol: Protocol) -> Iterator[tuple[str, object, str, str]]:
         """Each setting of a protocol that matters here: name, value under `protocol`, meaning, source."""

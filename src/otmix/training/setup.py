@@ -97,6 +97,8 @@ def prepare(config: RunConfig, dataset: ImageDataset, begun: bool = False) -> Pl
     check_read(config.set.parts, [method])  # their names are free text here; the command line checks all settings
     config = replace(config, set=method.converted(config.set))
     config = filled_in(replace(config, method=method.name), dataset.image_size, dataset.small, dataset.counts.total)
+    if config.pretrained and config.weights is not None and not begun:
+        raise UserError("--pretrained changes nothing with --weights, which take their place; leave one of them out")
     if config.nesterov and config.optimizer != "sgd":
         raise UserError(f"--nesterov changes nothing with --optimizer {config.optimizer}; leave it out, or choose sgd")
     protocol = config.protocol_settings
@@ -148,10 +150,10 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _looked(run_dir: Path) -> bool:
-    """Whether the run there, if there is one, looked at the test set."""
-    path = run_dir / "result.json"
-    result = read_json(path) if path.is_file() else None
-    return isinstance(result, dict) and bool(result.get("looks_at_test"))
+    """Whether the run there, if there is one, looked at the test set; of one that has not ended, whether it looks."""
+    files = (run_dir / name for name in ("result.json", "environment.json"))
+    said = (read_json(file) for file in files if file.is_file())
+    return any(isinstance(one, dict) and bool(one.get("looks_at_test")) for one in said)
 
 
 def filled_in(config: RunConfig, image_size: int, small: bool, images: int) -> RunConfig:
