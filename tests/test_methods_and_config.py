@@ -343,6 +343,13 @@ def test_rows_of_the_papers_tables_are_names(title: str, name: str) -> None:
     assert parse_method(title) == parse_method(name)
 
 
+def test_settings_of_parts_may_be_nested_in_python_too() -> None:
+    nested = RunConfig.from_dict({"method": "focal", "set": {"loss": {"gamma": 2}}})
+    assert nested == RunConfig(method="focal", set=Overrides(parts={"loss.gamma": 2}))
+    with pytest.raises(UserError, match=r"unknown setting set\.losss"):
+        RunConfig.from_dict({"set": {"losss": 2}})
+
+
 def test_a_number_of_experts_in_a_title_is_a_setting_of_the_run() -> None:
     with pytest.raises(UserError, match=r"give ride\+otmix and --set.model.experts 4"):
         parse_method("RIDE (4 experts) + OTmix")

@@ -220,7 +220,9 @@ class RunConfig:
         known, changeable = {f.name for f in fields(cls)}, {f.name for f in fields(Protocol)}
         changed = values.get("set") or {}
         unknown = [key for key in values if key not in known] + [
-            f"set.{key}" for key in changed if key not in changeable and "." not in key
+            f"set.{key}"
+            for key, value in changed.items()
+            if key not in changeable and "." not in key and not isinstance(value, Mapping)
         ]
         if unknown:
             raise UserError(f"unknown setting {', '.join(unknown)}; `otmix train --print_config` shows all there are")
