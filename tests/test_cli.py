@@ -182,6 +182,26 @@ def test_files_may_hold_what_other_commands_need(tmp_path: Path) -> None:
     assert out == Path("preview.png")
 
 
+def test_preview_reads_the_name_of_its_picture_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def picture(values: object, *argv: str) -> Path:
+        call = parse("preview", COMMANDS["preview"], ["--config", str(config_file(tmp_path, values)), *argv])
+        return Path(call.named["out"])
+
+    assert picture("seed: 1\nout: mixes.png\n") == Path("mixes.png")
+    assert picture("out: mixes.png\n", "--out", "other.png") == Path("other.png")
+    assert picture("epochs: 3\nout: runs/a\n") == Path("preview.png"), "the folder of a run to come"
+    record = RunConfig(data="cifar10", out="runs/a.png").to_dict()
+    assert picture(record) == Path("preview.png"), "the folder of a run"
+    assert picture({key: value for key, value in record.items() if key != "few_below"}) == Path("preview.png")
+    for argv in (["--out", "b/mixes.png"], []):
+        assert main(["preview", *argv, "--seed", "3", "--print_config"]) == 0
+        printed = capsys.readouterr().out
+        again = parse("preview", COMMANDS["preview"], ["--config", str(config_file(tmp_path, printed))])
+        assert again == parse("preview", COMMANDS["preview"], [*argv, "--seed", "3"])
+    with pytest.raises(UserError, match=r"`out` in .* must be a text, it is 3"):
+        picture("out: 3\n")
+
+
 def test_repeatable_flag() -> None:
     call = parse("train", COMMANDS["train"], ["--import", "a.py", "--import=b.py"])
     assert call.named["imports"] == [Path("a.py"), Path("b.py")]

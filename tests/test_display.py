@@ -279,6 +279,55 @@ def test_time_left_within_the_first_epoch() -> None:
     assert clock.left(0, 10, 0.25) == pytest.approx(120 * 9.75)
 
 
+def test_time_left_of_an_epoch_that_was_resumed() -> None:
+    """Of 100 s an epoch, 98 were trained before; 10 % are judging."""
+    time = Time()
+    clock = Clock(time, resumed=True)
+    shares = [0.981, 0.985, 0.99]
+    for share in shares:
+        time.seconds = 1000 + 90 * (share - 0.98)
+        clock.reached(share)
+        left = clock.left(0, 10, share)
+        assert left is None if share == shares[0] else left == pytest.approx(90 * (10 - share))
+    time.seconds = 1000 + 90 * 0.02 + 10
+    clock.epoch_ended()
+    assert clock.left(1, 10) == pytest.approx(9 * 100)
+    time.seconds += 60
+    clock.reached(0.5)
+    clock.epoch_ended()
+    assert clock.left(2, 10) == pytest.approx(8 * 80), "the mean of 100 s and 60 s"
+
+
+@pytest.mark.parametrize("shown", [(), (0.99,)])
+def test_a_rest_of_an_epoch_that_cannot_be_timed_is_not_taken_for_an_epoch(shown: tuple[float, ...]) -> None:
+    time = Time()
+    clock = Clock(time, resumed=True)
+    for share in shown:
+        clock.reached(share)
+    time.seconds += 0.1
+    clock.epoch_ended()
+    assert clock.left(1, 10) is None
+    time.seconds += 50
+    assert clock.left(1, 10, 0.5) == pytest.approx(850)
+    time.seconds += 50
+    clock.epoch_ended()
+    assert clock.left(2, 10) == pytest.approx(800)
+
+
+def test_a_resumed_run_shows_the_time_that_is_left(stream: io.StringIO) -> None:
+    time = Time()
+    reporters = [lines(stream, time), live(stream, time)]
+    for reporter in reporters:
+        reporter.start(info(epochs=10, resumed=0))
+        for step in range(40, 50):
+            time.seconds += 10
+            reporter.step(progress(0, step, epochs=10))
+        reporter.close()
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert re.findall(r"step (\d+)/50 .* left (\S+)", said) == [("45", duration(455 * 10))]
+    assert f"{duration(451 * 10)} left" in said
+
+
 def test_duration() -> None:
     assert [duration(seconds) for seconds in (None, 0, 59.4, 61, 3599.6, 3723)] == [
         "?",

@@ -7,9 +7,11 @@ import io
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from otmix.errors import UserError
+from otmix.protocols import PROTOCOL_TITLES
 from otmix.reports import figures
 from otmix.reports.classes import thirds
 from otmix.reports.figures.style import shorten
@@ -31,6 +34,8 @@ from otmix.reports.pictures import mixing_pictures
 from otmix.reports.record import read_run
 from otmix.reports.statistics import mean_std, percent, points, seed_values
 from otmix.reports.tables import ONE_SEED, SELECTED_ON_TEST, Table, compare_table, result_table
+from otmix.reports.words import cautions, commands, lead, method_parts
+from otmix.wording import command_line
 
 EVIL = "<script>alert('x')</script> & $5$ | [red]ship[/red]"
 
@@ -167,6 +172,34 @@ def test_thirds() -> None:
     assert two is not None
     assert (two.rare, two.common) == ([1], [0])
     assert thirds([4, 4, 4]) is thirds([4]) is thirds(None) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "rare", "common"),
+    [
+        ([500] * 8 + [5], [8], list(range(8))),
+        ([10] * 5 + [500], list(range(5)), [5]),
+        ([10, 20, 10, 20, 30, 30], [0, 2], [4, 5]),
+        ([5, 10, 10, 10, 500, 600, 700], [0, 1, 2, 3], [5, 6]),
+        ([1, 2, 2, 2, 2, 3], [0], [5]),  # both thirds would have the middle ones
+    ],
+)
+def test_classes_of_one_size_are_not_parted(counts: list[int], rare: list[int], common: list[int]) -> None:
+    parts = thirds(counts)
+    assert parts is not None
+    assert (sorted(parts.rare), sorted(parts.common)) == (rare, common)
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=30).filter(lambda drawn: len({*drawn}) > 1))
+def test_no_class_is_both_rare_and_common(counts: list[int]) -> None:
+    parts = thirds(counts)
+    assert parts is not None
+    rare, common = ({counts[k] for k in part} for part in (parts.rare, parts.common))
+    assert max(rare) < min(common)
+    assert min(rare) == min(counts)
+    assert max(common) == max(counts)
+    assert {k for k, count in enumerate(counts) if count in rare} == {*parts.rare}
+    assert {k for k, count in enumerate(counts) if count in common} == {*parts.common}
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -402,7 +435,9 @@ def test_curves_have_a_panel_for_what_is_known() -> None:
     figure = figures.curves(history)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[:3] == ["training loss", "error in %", "learning rate"]
-    assert "batches in %" not in titles  # nothing was mixed
+    assert "images in %" not in titles  # nothing was mixed
+    mixed = figures.curves([{**line, "mixed_share": 0.5} for line in history])  # of the images, see Tally.read
+    assert mixed.axes[3].get_title(loc="left") == "images in %"
     line = figure.axes[1].lines[0]
     np.testing.assert_allclose(line.get_xdata(), [2, 3, 5, 6])
     np.testing.assert_allclose(line.get_ydata(), [40, 30, 40, 30])
@@ -565,6 +600,108 @@ def test_validation_result_is_named(tmp_path: Path) -> None:
     text = text_of(write_page(fake_run(tmp_path / "run", split="validation")).read_text("utf-8"))
     assert "Measured on the validation split" in text
     assert "test split" not in text.replace("the test split is used once, at the end", "")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_test_images_that_guided_a_run_are_not_denied_on_validation_images(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", protocol="official", split="validation", looks_at_test=True)
+    text = text_of(write_page(run).read_text("utf-8"))
+    assert "Measured on the validation split (500 images): not trained on" in text
+    assert "no test image was used" not in text
+    assert "test images did" in text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "changed", "split", "looks", "holds"),
+    [
+        ("clean", {}, "test", False, True),
+        ("clean", {"loss.tau": 2.0, "mix_probability": 0.5}, "test", False, True),
+        ("clean", {"confusion_from": "test"}, "test", True, False),
+        ("clean", {}, "test", True, False),  # the run of its --weights looked
+        ("clean", {}, "validation", False, False),
+        ("clean", {"alpha": 1.0}, "test", False, False),
+        ("paper", {}, "test", False, True),
+        ("paper", {"foreground_r": 0.0}, "test", False, False),
+        ("official", {}, "test", True, True),
+        ("official", {"headline": "last"}, "test", True, False),
+        ("mine", {}, "test", False, False),
+    ],
+)
+def test_title_of_a_protocol_is_given_where_it_is_true(
+    protocol: str, changed: dict[str, Any], split: str, looks: bool, holds: bool, tmp_path: Path
+) -> None:
+    run = fake_run(tmp_path / "run", protocol=protocol, split=split, looks_at_test=looks, set=changed)
+    name, title = method_parts(read_run(run))[-1]
+    assert name == "Protocol"
+    assert title == (next(text for key, text in PROTOCOL_TITLES.items() if key == protocol) if holds else protocol)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ratio"), [([1280, 1], "1,280"), ([9996, 10], "1,000"), ([12_345, 5], "2,469"), ([25, 10], "2.5")]
+)
+def test_imbalance_is_a_plain_number(counts: list[int], ratio: str, tmp_path: Path) -> None:
+    record = replace(read_run(fake_run(tmp_path / "run", 2)), counts=counts)
+    assert lead(record).endswith(f": {ratio} to 1.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "imports"),
+    [
+        ("--import=mine.py", ["--import=mine.py"]),
+        ("--import mine.py --epochs 3", ["--import", "mine.py"]),
+        ("--import 'a b.py' --seed=1 '--import=c d.py'", ["--import", "a b.py", "--import=c d.py"]),
+        ("--epochs 3", []),
+    ],
+)
+def test_the_second_command_imports_what_the_first_one_did(typed: str, imports: list[str], tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", 2)
+    (run / "environment.json").write_text(json.dumps({"command": f"otmix train {typed}"}), "utf-8")
+    record = read_run(run)
+    again = ["otmix", "train", "--config", str(run / "config.yaml"), "--out", f"{run}-again"]
+    assert commands(record) == [
+        command_line(["otmix", "train", *shlex.split(typed)]),
+        command_line([*again, *imports]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [
+        ("schedule", "steps", "cosine"),
+        ("warmup", 0.0, 0.025),
+        ("weights", None, "w.pt"),
+        ("precision", "32-true", "bf16-mixed"),
+        ("weight_decay", 2e-4, 5e-4),
+        ("nesterov", False, True),
+    ],
+)
+def test_a_baseline_with_another_recipe_draws_a_caution(name: str, here: Any, there: Any, tmp_path: Path) -> None:
+    run, base = (read_run(fake_run(tmp_path / str(value), 2, **{name: value})) for value in (here, there))
+    caution = f"The baseline differs in more than its method: {name} {here} here, {there} there."
+    assert caution in cautions(run, base)
+    assert cautions(run, run) == cautions(run)
+
+
+@pytest.mark.parametrize(
+    ("split", "there", "said"),
+    [
+        ("test", {"splits": {"test": {"sha256": "2"}}}, "measured on other test images"),
+        ("validation", {"splits": {"validation": {"sha256": "2"}}}, "measured on other validation images"),
+        ("test", {"splits": {"validation": {"sha256": "2"}}}, None),  # which the result has nothing to do with
+        ("test", {"splits": {"train": {"sha256": "2"}}}, "trained on other images"),
+        ("test", {"splits": {"test": {"sha256": "2"}}, "channels": 3}, None),  # the same in colour
+        ("test", {}, None),  # older runs
+    ],
+)
+def test_a_baseline_of_other_images_draws_a_caution(
+    split: str, there: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    known = read_run(fake_run(tmp_path / "run", 2, split=split))
+    hashes = {name: {"sha256": "1"} for name in ("train", "validation", "test")}
+    run, base = replace(known, data={"splits": hashes, "channels": 1}), replace(known, data={"channels": 1} | there)
+    more = cautions(run, base)[1:]
+    assert more == ([f"The baseline was {said}."] if said else [])
+    assert cautions(run, run) == cautions(run)
 
 
 @pytest.mark.usefixtures("undrawn")

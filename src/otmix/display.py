@@ -67,24 +67,38 @@ def reporter_on_stderr() -> Iterator[Reporter]:
 
 
 class Clock:
-    """How long the rest of a run takes, judged by its last ten epochs: OTmix's grow longer with time."""
+    """How long the rest of a run takes, judged by its last ten epochs: OTmix's grow longer with time.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    Nobody says how far the epoch was in which a run is `resumed`: it is timed from the first step that is shown.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, *, resumed: bool = False) -> None:
         self.now = now
         self.epochs: deque[float] = deque(maxlen=10)
-        self.began = now()
+        self.began: float | None = None if resumed else now()
+        self.before = 0.0  # the share of the epoch that was done when `began`
+        self.pace: float | None = None  # seconds that all steps of the epoch take
+
+    def reached(self, share: float) -> None:
+        """Must be called at each step that is shown, with the share of its epoch that is done."""
+        if self.began is None:
+            self.began, self.before = self.now(), share
+        elif share > self.before:
+            self.pace = (self.now() - self.began) / (share - self.before)
 
     def epoch_ended(self) -> None:
         ended = self.now()
-        self.epochs.append(ended - self.began)
-        self.began = ended
+        # an epoch that was resumed and went on too shortly to be timed says nothing
+        if self.began is not None and (self.before == 0 or self.pace is not None):
+            self.epochs.append(ended - self.began + self.before * (self.pace or 0.0))
+        self.began, self.before, self.pace = ended, 0.0, None
 
     def left(self, epoch: int, epochs: int, share: float = 0.0) -> float | None:
         """Seconds from `share` of `epoch` (from 0) to the end; None while nothing can be said."""
         if self.epochs:
             each = sum(self.epochs) / len(self.epochs)
-        elif share > 0:
-            each = (self.now() - self.began) / share
+        elif self.began is not None and share > self.before:
+            each = (self.now() - self.began) / (share - self.before)
         else:
             return None
         return max(0.0, (epochs - epoch - share) * each)
@@ -117,7 +131,7 @@ class _Reporter:
 
     def start(self, info: RunInfo) -> None:
         self.epochs = info.epochs
-        self.clock = Clock(self.now)
+        self.clock = Clock(self.now, resumed=info.resumed_at_epoch is not None)
         headline, length = f"{info.title} on {info.data} (protocol {info.protocol})", counted(info.epochs, "epoch")
         if self.brief:
             self.say(f"{headline}, {length} · {info.run_dir}")
@@ -182,10 +196,12 @@ class LineReporter(_Reporter):
             self.say(f"judging images: {done:,} of {total:,}")
 
     def step(self, progress: Progress) -> None:
+        share = progress.step / progress.steps
+        self.clock.reached(share)
         # an epoch of hours still shows that it is alive
         if self.now() - self.shown >= 12 * LINE_SECONDS:
             self.shown = self.now()
-            left = self.clock.left(progress.epoch, progress.epochs, progress.step / progress.steps)
+            left = self.clock.left(progress.epoch, progress.epochs, share)
             self.say(
                 f"epoch {progress.epoch + 1}/{progress.epochs}  step {progress.step}/{progress.steps}"
                 f"  loss {progress.loss:.3f}  error {percent(progress.error)}"
@@ -251,9 +267,10 @@ class LiveReporter(_Reporter):
             self.close()
 
     def step(self, progress: Progress) -> None:
+        share = progress.step / progress.steps
+        self.clock.reached(share)
         if self.bars is None:
             return
-        share = progress.step / progress.steps
         left = self.clock.left(progress.epoch, progress.epochs, share)
         state = self._state(progress.loss, progress.error, progress.images_per_second, progress.transport_share)
         epochs, steps = f"{progress.epoch}/{progress.epochs} epochs", f"{progress.step}/{progress.steps} steps"

@@ -175,17 +175,24 @@ def _read_config(
     everything = read_values(file, own | known_lists, command=command, of_a_run=of_a_run)
     values = {key: value for key, value in everything.items() if value is not None or of_a_part(key)}
     lists = {key: _texts(file, key, values.pop(key)) for key in known_lists & values.keys()}
+    record = of_a_run or not settings - everything.keys() - {"set", *ADDED}
     # the record of a run has one, which is not meant here
-    if takes_methods and "method" in values and settings - everything.keys() - {"set", *ADDED}:
+    if takes_methods and "method" in values and not record:
         raise UserError(
             f"`method` in {file} names a single one; `otmix {command}` takes several: write `methods: [erm, otmix]` in "
             "the file, or name them on the command line alone"
         )
-    # a flag of its own that is called like a field of RunConfig is not meant by a run's record
-    taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - settings}
+    # `out`, of preview a picture, is of train a field of RunConfig, the folder of a run
+    others = {key for key in own & settings if record or _is_folder(values.get(key))}
+    taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - others}
     read = {key: in_type(file, key, taken[key].hint, value) for key, value in values.items() if key in taken}
     found = {key: value if taken[key].switch else str(value) for key, value in read.items()}
     return found | {key: str(value) for key, value in values.items() if of_a_part(key)}, lists
+
+
+def _is_folder(value: Any) -> bool:
+    """Whether `out` is meant for `otmix train`, to which it is a folder: a name without an ending."""
+    return isinstance(value, str) and not Path(value).suffix
 
 
 def _texts(file: Path, key: str, value: Any) -> list[str]:

@@ -17,19 +17,28 @@ FEW_MEASURED = 20  # below, one image more or less moves the accuracy of a class
 
 @dataclass(frozen=True)
 class Thirds:
-    """Label numbers of the third of the classes with the fewest training images, and of that with the most."""
+    """Label numbers of the classes with the fewest training images, and of those with the most: a third of them each,
+    or as `thirds` says.
+    """
 
     rare: list[int]
     common: list[int]
 
 
 def thirds(counts: Sequence[int] | None) -> Thirds | None:
-    """The rarest and the commonest third, at least one class each; None where no class is rarer than another."""
+    """The rarest and the commonest third, at least one class each, with all classes that are as rare or as common; None
+    where no class is rarer than another.
+
+    Where these would share classes, only those with the very smallest and the very largest count.
+    """
     if counts is None or len(counts) < 2 or min(counts) == max(counts):
         return None
     order = sorted(range(len(counts)), key=lambda k: counts[k])
     size = max(1, len(counts) // 3)
-    return Thirds(order[:size], order[-size:])
+    most, least = counts[order[size - 1]], counts[order[-size]]
+    if most == least:
+        most, least = min(counts), max(counts)
+    return Thirds([k for k in order if counts[k] <= most], [k for k in order if counts[k] >= least])
 
 
 def group_accuracy(accuracy: Sequence[float | None], classes: Sequence[int]) -> float | None:

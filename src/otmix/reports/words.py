@@ -25,7 +25,24 @@ _SPLITS = {
     "train": "on training images, so it says nothing about new images",
 }
 # settings in which a run and its baseline should agree, so that the difference is the method's
-_SHARED = ("protocol", "set", "backbone", "pretrained", "epochs", "batch_size", "optimizer", "lr", "image_size", "seed")
+_SHARED = (
+    "protocol",
+    "set",
+    "backbone",
+    "pretrained",
+    "weights",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "nesterov",
+    "schedule",
+    "warmup",
+    "precision",
+    "image_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,10 @@ def lead(record: RunRecord, seed: bool = True) -> str:
     text += f" on {counted(sum(counts), 'image')} of {classes}."
     if counts[largest] == counts[smallest]:
         return f"{text} Each class has {counts[largest]:,} training images."
+    ratio = counts[largest] / max(1, counts[smallest])
     return (
         f"{text} The largest class ({names[largest]}) has {counts[largest]:,} training images, the smallest "
-        f"({names[smallest]}) has {counts[smallest]:,}: {counts[largest] / max(1, counts[smallest]):,.3g} to 1."
+        f"({names[smallest]}) has {counts[smallest]:,}: {f'{ratio:.3g}' if ratio < 100 else f'{ratio:,.0f}'} to 1."
     )
 
 
@@ -85,6 +103,11 @@ def measured(record: RunRecord) -> str:
     images = f" ({counted(number, 'image')})" if number is not None else ""
     if looks_at_test(record.result) and record.split == "test":
         return f"Measured on the test split{images} and selected on the test set."
+    if looks_at_test(record.result) and record.split == "validation":
+        return (
+            f"Measured on the validation split{images}: not trained on, but it may have guided choices, and test "
+            "images did."
+        )
     return f"Measured {_SPLITS.get(record.split, f'on the {record.split} split')}{images}."
 
 
@@ -100,15 +123,27 @@ def cautions(record: RunRecord, other: RunRecord | None = None) -> list[str]:
         words.append(f"The baseline differs in more than its method: {listed}.")
     if record.counts != other.counts:
         words.append("The baseline was trained on other numbers of images per class.")
+    elif _other_images(record, other, "train"):
+        words.append("The baseline was trained on other images.")
+    if record.split != "train" and _other_images(record, other, record.split):
+        words.append(f"The baseline was measured on other {record.split} images.")
     if looks_at_test(other.result):
         words.append("The baseline's result is selected on the test set.")
     return words
 
 
+def _other_images(record: RunRecord, other: RunRecord, split: str) -> bool:
+    """Whether two runs are known to have had other images in a split. Grey ones and the same in colour have other
+    hashes, so of those nothing is known.
+    """
+    here, there = (((run.data.get("splits") or {}).get(split) or {}).get("sha256") for run in (record, other))
+    same_channels = record.data.get("channels") == other.data.get("channels")
+    return None not in (here, there) and same_channels and here != there
+
+
 def method_parts(record: RunRecord) -> list[tuple[str, str]]:
     """The parts of the method with what each of them changes, in the words of the listing, and the protocol."""
     from otmix.methods import parse_method
-    from otmix.protocols import PROTOCOL_TITLES
 
     name = record.result.get("method") or record.config.get("method")
     protocol = record.result.get("protocol") or record.config.get("protocol")
@@ -116,8 +151,20 @@ def method_parts(record: RunRecord) -> list[tuple[str, str]]:
         parts = [(f"{part.title} ({part.paper})", part.changes) for part in parse_method(str(name)).parts]
     except UserError:  # a method registered by an import that is not made here
         parts = [("Method", str(name))]
-    title = next((text for key, text in PROTOCOL_TITLES.items() if key == protocol), protocol)
-    return [*parts, ("Protocol", str(title))] if title else parts
+    return [*parts, ("Protocol", _protocol_title(record, str(protocol)))] if protocol else parts
+
+
+def _protocol_title(record: RunRecord, protocol: str) -> str:
+    """The protocol in the words of the listing where they hold for this run, else its name alone."""
+    from otmix.protocols import PROTOCOL_TITLES, PROTOCOLS
+
+    usual = next((own for name, own in PROTOCOLS.items() if name == protocol), None)
+    changed = record.result.get("set") or record.config.get("set") or {}
+    if usual is None or any(value != getattr(usual, key, value) for key, value in changed.items()):
+        return protocol
+    if protocol == "clean" and (looks_at_test(record.result) or record.split != "test"):
+        return protocol
+    return next(title for name, title in PROTOCOL_TITLES.items() if name == protocol)
 
 
 def commands(record: RunRecord) -> list[str]:
@@ -125,7 +172,11 @@ def commands(record: RunRecord) -> list[str]:
     typed = str(record.environment.get("command") or "")
     config, out = str(record.directory / "config.yaml"), f"{record.directory}-again"
     words = shlex.split(typed) if typed.startswith("otmix ") else []
-    imports = [word for at, word in enumerate(words) if "--import" in words[max(0, at - 1) : at + 1]]
+    imports = [
+        word
+        for at, word in enumerate(words)
+        if "--import" in words[max(0, at - 1) : at + 1] or word.startswith("--import=")
+    ]
     again = command_line(["otmix", "train", "--config", config, "--out", out, *imports])
     return [command_line(words), again] if words else [again]
 

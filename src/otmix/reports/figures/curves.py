@@ -23,12 +23,12 @@ _PANELS: tuple[tuple[str, dict[str, str], float], ...] = (
     ("training loss", {"loss": "loss"}, 1.0),
     ("error in %", _ERRORS, 100.0),
     ("learning rate", {"lr": "learning rate"}, 1.0),
-    ("batches in %", {"mixed_share": "mixed", "transport_share": "paired by transport"}, 100.0),
+    ("images in %", {"mixed_share": "mixed", "transport_share": "paired by transport"}, 100.0),
 )
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, errors, learning rate, and the shares of batches that were mixed and paired by transport, epoch by epoch.
+    """Loss, errors, learning rate, and the shares of images that were mixed and paired by transport, epoch by epoch.
 
     `history` is the lines of metrics.jsonl in order. What no line has gets no panel, and an epoch without a value no
     point. Raises ValueError where there is nothing to draw.
