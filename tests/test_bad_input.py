@@ -322,6 +322,60 @@ def test_a_checkpoint_with_a_spoilt_byte(stopped: Path) -> None:
     assert refusals > 10
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_damaged_checkpoint_that_was_deleted(
+    resume: bool, server: Server, references: dict[str, Path], tmp_path: Path
+) -> None:
+    """The run begins anew in its folder, as the message about the checkpoint says."""
+    run_dir = tmp_path / "run"
+    config = configuration("official", run_dir)
+    assert server.run(config, event="epoch", count=3, signal=15).kind == "Interrupted"
+    checkpoint = run_dir / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    assert "delete it to start the run afresh" in one_sentence(server.run({**config, "resume": True}))
+    checkpoint.unlink()
+    (run_dir / "best-77.safetensors").touch()  # of an epoch that may not be the best one this time
+    assert (run_dir / "metrics.jsonl").read_text().count("\n") >= 2
+    assert server.run({**config, "resume": resume}, event="step", count=2, signal=9).kind == "killed"
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert [*run_dir.glob("best-*")] == []
+    assert server.run({**config, "resume": resume}).kind == "done"
+    assert_same(run_dir, references["official"])
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("lost", ["result.json checkpoint.pt", "checkpoint.pt settings.json result.json"])
+def test_no_model_is_lost_with_the_checkpoint(lost: str, resume: bool, reference: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    for name in lost.split():
+        (run_dir / name).unlink()
+    before = contents(run_dir)
+    text = refused({**BASE, "out": str(run_dir), "resume": resume})
+    assert ("move model.safetensors away" if "settings" not in lost else "holds no run") in text
+    assert contents(run_dir) == before
+
+
+def test_a_run_that_lost_its_checkpoint_after_training_may_begin_anew(
+    server: Server, reference: Path, tmp_path: Path
+) -> None:
+    """Stopped just before its end, and the model moved away: the rest is written again."""
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    for name in ("result.json", "checkpoint.pt", "model.safetensors"):
+        (run_dir / name).unlink()
+    config = {**BASE, "out": str(run_dir)}
+    assert server.run(config).kind == "done"
+    assert_same(run_dir, reference)
+
+
+def test_a_finished_run_without_a_checkpoint_is_finished(server: Server, reference: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    (run_dir / "checkpoint.pt").unlink()
+    before = contents(run_dir)
+    assert "already holds a finished run" in refused({**BASE, "out": str(run_dir)})
+    assert server.run({**BASE, "out": str(run_dir), "resume": True}).kind == "done"
+    assert contents(run_dir) == before
+
+
 # --- the folder of the run ---
 
 

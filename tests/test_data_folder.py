@@ -195,6 +195,55 @@ def test_runs_beside_the_classes_are_no_class(tmp_path: Path) -> None:
     assert any("'begun', 'runs' holds runs of otmix and is no class" in note for note in data.notes)
 
 
+def as_run(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "settings.json"):
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_a_class_with_a_run_in_it_stays_a_class(tmp_path: Path, inside: str) -> None:
+    """Its images may lie deeper than the run."""
+    put(
+        tmp_path, *numbered(f"{inside}cat/2023", 3), *numbered(f"{inside}dog", 3), f"{inside}cat/mine/figures/mixed.png"
+    )
+    as_run(tmp_path / f"{inside}cat" / "mine")
+    data = load(tmp_path)
+    assert data.class_names == ("cat", "dog")
+    assert not any("mixed" in name for name in names(data.train))
+    assert not any("holds runs" in note for note in data.notes)
+
+
+def test_runs_in_the_place_of_a_class_are_named_in_every_split(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "test", "val") for name in "ab"))
+    for folder in ("train/runs/first", "test/old", "val/runs/b/c"):
+        as_run(tmp_path / folder)
+    as_run(tmp_path / "val" / "runs")
+    data = load(tmp_path)
+    assert data.class_names == ("a", "b")
+    assert data.notes[0] == "The folder 'train/runs', 'test/old', 'val/runs' holds runs of otmix and is no class."
+
+
+@pytest.mark.parametrize("closed", ["a", "a/deep", "runs/first"])
+@pytest.mark.parametrize("asked", ["config.yaml", ".lock", "0.png"])
+def test_a_folder_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str, asked: str
+) -> None:
+    """Whatever is asked of it first: whether it is a run's, or what a file in it is."""
+    put(tmp_path, *(f"{name}/0.png" for name in ("a", "b", "a/deep", "runs/first")))
+    for name in ("stat", "lstat"):
+        plainly = getattr(os, name)
+
+        def refuse(path: Any, *rest: Any, plainly: Any = plainly, **named: Any) -> Any:
+            if path is not None and Path(path) == tmp_path / closed / asked:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return plainly(path, *rest, **named)
+
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(UserError, match=rf"the folder {tmp_path / closed} cannot be read \(Permission denied\)"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("unreadable", ["", "a", "a/deep", "train/a/deep"])
 def test_a_folder_that_may_not_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import subprocess
@@ -204,6 +205,25 @@ def test_the_jpeg_copy_is_accepted_and_marked(tmp_path: Path) -> None:
     places = np.arange(4)
     random.shuffle(places)
     assert [data.train.name_of(i) for i in range(4)] == [f"train/airplane/{place:04d}.jpg" for place in places]
+
+
+def test_the_jpeg_copy_keeps_its_own_validation_images(tmp_path: Path) -> None:
+    """Training leaves more than a thousand of each class unused, as CIFAR's own does, where they are set apart."""
+    picture = tmp_path / "0.jpg"
+    Image.new("RGB", (32, 32)).save(picture)
+    for split, n in (("train", 1003), ("val", 2), ("test", 1)):
+        for name in CIFAR10_CLASSES:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(n):
+                os.link(picture, tmp_path / split / name / f"{i:04d}.jpg")
+    data = load_dataset("cifar10", root=tmp_path, imbalance=1, max_per_class=3)
+    assert data.counts.counts.tolist() == [3] * 10
+    assert data.validation is not None
+    own = [f"val/{name}/{i:04d}.jpg" for name in CIFAR10_CLASSES for i in range(2)]
+    assert [data.validation.name_of(i) for i in range(len(data.validation))] == own
+    assert not any("validation split" in note for note in data.notes)
+    with pytest.raises(UserError, match="has a validation split of its own; leave out --validation-per-class"):
+        load_dataset("cifar10", root=tmp_path, validation_per_class=1)
 
 
 def test_grey_of_arrays_is_grey_of_pillow() -> None:

@@ -377,6 +377,18 @@ def test_csv_without_predictions_is_a_header() -> None:
     assert stream.getvalue() == "file,class,probability,class_2,probability_2\n"
 
 
+def test_csv_of_skipped_images_has_no_more_columns_than_classes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_text("no picture")
+    argv = ["predict", str(run), str(tmp_path), "--on-bad-image", "skip", "--accelerator", "cpu"]
+    for top, columns in ((20, 3), (2, 2)):
+        assert main([*argv, "--top", str(top), "--out", str(tmp_path / "found.csv")]) == 0
+        header = (tmp_path / "found.csv").read_text("utf-8").strip().split(",")
+        assert header[-1] == f"probability_{columns}"
+        assert len(header) == 1 + 2 * columns
+
+
 def test_csv_is_written_as_predictions_come() -> None:
     stream = io.StringIO()
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from otmix.losses import LOSSES, Criterion
 from otmix.losses.ib import ib_steps
 from otmix.methods import ALIASES, LOSS_PARTS, all_methods, check_settings, known_losses, known_mixers, parse_method
 from otmix.protocols import PROTOCOLS, Overrides, Protocol, ProtocolName, resolve
+from otmix.settings import Setting
 from otmix.training import open_run, train
 from otmix.training.schedules import Schedule, ScheduleName
 from otmix.types import ClassCounts
@@ -713,3 +714,26 @@ def test_paths_and_numpys_numbers_are_welcome() -> None:
     assert config == RunConfig(out="a/b", epochs=3, lr=0.5, imbalance=50.0)
     assert (type(config.out), type(config.epochs), type(config.lr)) == (str, int, float)
     assert config.hash == RunConfig(out="a/b", epochs=3, lr=0.5, imbalance=50.0).hash
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "taken", "refused"),
+    [
+        (Literal[1, 2], "one of 1, 2", {"1": 1, 2: 2}, ["3", "1.0", True, ""]),
+        (Literal["auto", 2, None], "one of auto, 2, none", {"auto": "auto", "2": 2, None: None}, ["Auto", 1]),
+        (Literal["3", "true"], "one of 3, true", {3: "3", True: "true", "true": "true"}, [2, False]),
+        (Literal[True, "maybe"] | None, "one of true, maybe or none", {True: True, "none": None}, ["no", 1]),
+    ],
+)
+def test_a_setting_may_be_one_of_several_values(
+    kind: Any, words: str, taken: dict[Any, Any], refused: list[Any]
+) -> None:
+    setting = Setting("which", kind, None, "")
+    assert setting.is_plain
+    assert setting.describe() == words
+    for given, value in taken.items():
+        found = setting.convert(given)
+        assert (found, type(found)) == (value, type(value))
+    for given in refused:
+        with pytest.raises(UserError, match=f"which must be {words}, it is {given}"):
+            setting.convert(given)

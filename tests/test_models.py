@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
 import socket
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -331,6 +334,32 @@ def test_a_file_of_timm_fills_the_backbone_only_and_fits_the_channels(tmp_path: 
     )
 
 
+@pytest.mark.parametrize(
+    "wrappers", ["module.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod.module._orig_mod."]
+)
+def test_weights_saved_through_wrappers(wrappers: str, tmp_path: Path) -> None:
+    """DistributedDataParallel around torch.compile, or the other way round."""
+    source, path = small(), str(tmp_path / "w.pt")
+    torch.save({wrappers + key: value for key, value in source.state_dict().items()}, path)
+    assert equal(small(weights=path), source)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_weights_that_may_not_be_read(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"w.{ending}"
+    path.write_bytes(b"x")
+    plainly = Path.open
+
+    def refuse(self: Path, *rest: Any, **named: Any) -> Any:  # root may read everything, so permissions prove nothing
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plainly(self, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"{path} cannot be read \(Permission denied\); give it read permission"):
+        small(weights=str(path))
+
+
 def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
 
@@ -356,6 +385,11 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     refused("holds no state dict")
     path.write_bytes(b"not weights")
     refused("no file of plain weights")
+    torch.save(small().state_dict(), path)
+    whole = path.read_bytes()
+    for size in (0, 1, 100, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused("no file of plain weights or is damaged")
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"not weights either")
     refused("no readable safetensors file")

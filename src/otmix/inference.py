@@ -54,6 +54,17 @@ class Skipped:
     reason: str
 
 
+class Predictions(Iterator[Prediction]):
+    """Predictions one by one; `top`: how many classes each of them lists, known before the first."""
+
+    def __init__(self, found: Iterator[Prediction], top: int) -> None:
+        self.top = top
+        self._found = found
+
+    def __next__(self) -> Prediction:
+        return next(self._found)
+
+
 def predict_paths(
     run_dir: Path,
     paths: Sequence[Path],
@@ -64,7 +75,7 @@ def predict_paths(
     device: Device = "auto",
     on_skipped: Callable[[Sequence[Skipped]], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Prediction]:
+) -> Predictions:
     """Classify image files with a finished run, in the order of `find_images(paths)`.
 
     An image is decoded, resized and judged exactly as in the run's final evaluation. With "skip", images that cannot be
@@ -83,7 +94,7 @@ def predict_paths(
     for note in passed_over(found.others):
         log.warning(note)
     top, skip = min(top, len(run.class_names)), on_bad_image == "skip"
-    return _predict(run, files, top, skip, batch_size, device, on_skipped or _warn, progress)
+    return Predictions(_predict(run, files, top, skip, batch_size, device, on_skipped or _warn, progress), top)
 
 
 def find_images(paths: Sequence[Path], found: Found | None = None) -> list[Path]:
@@ -113,9 +124,11 @@ def find_images(paths: Sequence[Path], found: Found | None = None) -> list[Path]
 def write_csv(predictions: Iterable[Prediction], stream: TextIO, top: int = 5) -> int:
     """One line per image: file, class, probability, then class_2, probability_2, … up to `top`, or to the last class.
 
-    The first prediction says how many there are; without any, the header has `top`. Returns how many lines were
-    written, the header not counted.
+    `Predictions` say how many there are, else the first prediction does; without any, the header has `top`. Returns
+    how many lines were written, the header not counted.
     """
+    if isinstance(predictions, Predictions):
+        top = min(top, predictions.top)
     writer = csv.writer(stream, lineterminator="\n")
     written = 0
     for one in predictions:

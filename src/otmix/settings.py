@@ -22,7 +22,7 @@ Value = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: `kind` is its type (bool, int, float, str, a Literal of texts, or one of these or None)."""
+    """One setting: `kind` is its type (bool, int, float, str, a Literal of their values, or one of these or None)."""
 
     name: str
     kind: Any
@@ -49,8 +49,10 @@ class Setting:
         for kind in self._types:
             if kind is NoneType and (value is None or text.lower() == "none"):
                 return None
-            if get_origin(kind) is Literal and text in get_args(kind):
-                return text
+            if get_origin(kind) is Literal:
+                members: dict[str, Value] = {_as_typed(member): member for member in get_args(kind)}
+                if (said := text if isinstance(value, str) else _as_typed(value)) in members:
+                    return members[said]
             if kind is bool and text.lower() in ("true", "false", "yes", "no"):
                 return text.lower() in ("true", "yes")
             if kind is str and value is not None:
@@ -69,10 +71,15 @@ class Setting:
         """The allowed values in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "none"}
         named = [
-            "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else words[kind]
+            "one of " + ", ".join(map(_as_typed, get_args(kind))) if get_origin(kind) is Literal else words[kind]
             for kind in self._types
         ]
         return " or ".join(named)
+
+
+def _as_typed(value: object) -> str:
+    """A value of a Literal as a user types it: true, none, 2."""
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def settings_of(part: Callable[..., Any], hidden: Collection[str] = ("counts",)) -> dict[str, Setting]:

@@ -8,11 +8,13 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from otmix import __version__
 from otmix.cli import checking, commands, listings, preview
 from otmix.cli.help import overview, page
 from otmix.errors import UserError
+from otmix.files import printable
 from otmix.interrupts import end_with_parent, interruptible
 from otmix.streams import nobody_listens, open_closed, silence, takes_all_letters, tell
 
@@ -29,6 +31,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 STOPPED = 130
 BAD_INPUT = 2
+SHOWN = 120  # letters of a name that is too long
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def _exit_code(argv: list[str]) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
         return code
     except UserError as error:
-        if os.environ.get("OTMIX_DEBUG", "0") not in ("", "0"):
+        if _debugged():
             raise
         tell(f"otmix: {error}\n")
         return BAD_INPUT
@@ -61,11 +64,52 @@ def _exit_code(argv: list[str]) -> int:
         if nobody_listens(error, sys.stdout):  # whoever read our output has seen enough
             silence(sys.stdout)
             return 0
+        told = _of_a_path(error)
+        if told is not None and not _debugged():
+            tell(f"otmix: {told}\n")
+            return BAD_INPUT
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         silence(sys.stdout)
         tell("otmix: the disk is full, so what was to be printed is lost; free some space\n")
         return BAD_INPUT
+
+
+def _debugged() -> bool:
+    return os.environ.get("OTMIX_DEBUG", "0") not in ("", "0")
+
+
+def _of_a_path(error: OSError) -> str | None:
+    """What to say of a path that the system refuses: even a question whether there is such a file fails below a folder
+    that one may not enter, and with a name that is too long. None where the error is another one.
+    """
+    if not isinstance(error.filename, str | bytes):
+        return None
+    path = os.fsdecode(error.filename)
+    name = printable(path)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        closed = _not_to_be_entered(Path(path))
+        if closed is None:
+            said, right = f"{name} may not be read or written", "read and write it"
+        else:
+            said, right = f"{name} lies below {printable(str(closed))}, a folder that may not be entered", "enter it"
+        return f"{said} ({error.strerror}); give yourself the right to {right}, or name another place"
+    if error.errno == errno.ENAMETOOLONG:
+        short = name if len(name) <= SHOWN else f"{name[:SHOWN]}…"
+        return f"the name {short} is too long for the file system; give a shorter one"
+    return None
+
+
+def _not_to_be_entered(path: Path) -> Path | None:
+    """The uppermost folder above `path` that keeps us out, if any."""
+    for folder in reversed(path.parents):
+        try:
+            (folder / "any").lstat()  # whether it is there or not: asking is what takes the right to enter
+        except PermissionError:
+            return folder
+        except OSError:
+            pass
+    return None
 
 
 def _run(argv: list[str]) -> int:

@@ -268,6 +268,7 @@ def _with_subset(
     if validation_per_class is None:
         spare = (
             data.startswith("cifar")
+            and raw.validation is None
             and max_per_class is not None
             and int(available.min()) - max_per_class >= CIFAR_VALIDATION
         )

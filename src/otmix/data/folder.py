@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -35,8 +36,12 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     same name, and a class of `test/` or `val/` that `train/` lacks.
     """
     root = Path(root)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
+    try:
+        is_folder, exists = root.is_dir(), root.exists()
+    except OSError as error:  # it lies below a folder that may not be entered, or its name is too long
+        raise _not_to_be_read(error) from error
+    if not is_folder:
+        what = "is not a folder" if exists else "does not exist"
         raise UserError(f"{root} {what}; --root must name a folder of images, one folder per class")
     parts = {folder.name.lower(): folder for folder in visible_folders(root)}
     train_folder = next((parts[name] for name in _TRAIN if name in parts), None)
@@ -49,7 +54,7 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     if train_folder is None or not visible_folders(train_folder):
         train = _scan(root, root, found)
         _require_two(root, train)
-        notes = [*_stray(root), *_runs_beside(root), *passed_over(found.others), *_alike(train)]
+        notes = [*_stray(root), *_of_runs(found), *passed_over(found.others), *_alike(train)]
         return _raw(root, channels, train, None, None, [*notes, *_linked(root, found, train)])
     test_folder = next((parts[name] for name in _TEST if name in parts), None)
     validation_folder = next((parts[name] for name in _VALIDATION if name in parts), None)
@@ -69,7 +74,12 @@ def load_folder(root: str | Path, channels: int = 3) -> RawData:
     _require_two(train_folder, train)
     test = None if test_folder is None else _scan(test_folder, root, found)
     validation = None if validation_folder is None else _scan(validation_folder, root, found)
-    notes += [*passed_over(found.others), *_alike(train), *_linked(root, found, train, test, validation)]
+    notes += [
+        *_of_runs(found),
+        *passed_over(found.others),
+        *_alike(train),
+        *_linked(root, found, train, test, validation),
+    ]
     for folder, classes in ((test_folder, test), (validation_folder, validation)):
         if folder is None or classes is None:
             continue
@@ -93,10 +103,13 @@ def choose_image_size(source: FileSource, large: int = LARGE_SIZE, sample: int =
 
 @dataclass(eq=False)
 class Found:
-    """What a search for images met besides them: other files by their endings, and whether any link."""
+    """What a search for images met besides them: other files by their endings, whether any link, and the folders in the
+    place of a class that hold runs.
+    """
 
     others: Counter[str] = field(default_factory=Counter)
     links: bool = False
+    runs: list[str] = field(default_factory=list)
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -106,20 +119,34 @@ def visible_folders(folder: Path) -> list[Path]:
         raise _not_to_be_read(error) from error
 
 
-def _not_to_be_read(error: OSError) -> UserError:
-    """Images below it would be missing without a word."""
-    return UserError(f"the folder {error.filename} cannot be read ({error.strerror}); give it read permission")
+def _not_to_be_read(error: OSError, folder: Path | None = None) -> UserError:
+    """Images below it would be missing without a word. `folder`: what cannot be read, where it is not the file of the
+    error.
+    """
+    where = error.filename if folder is None else folder
+    return UserError(f"the folder {where} cannot be read ({error.strerror}); {_remedy(error)}")
+
+
+def _remedy(error: OSError) -> str:
+    return "give it a shorter name" if error.errno == errno.ENAMETOOLONG else "give it read permission"
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is the directory of a run: before anything is written it has its lock alone."""
-    if all((folder / name).exists() for name in ("config.yaml", "settings.json")):
-        return True
-    return (folder / ".lock").exists() and sum(1 for _ in folder.iterdir()) == 1
+    """Whether a folder is the directory of a run: before anything is written it has its lock alone. Raises UserError
+    for a folder that may not be read.
+    """
+    try:
+        if all((folder / name).exists() for name in ("config.yaml", "settings.json")):
+            return True
+        return (folder / ".lock").exists() and sum(1 for _ in folder.iterdir()) == 1
+    except OSError as error:
+        raise _not_to_be_read(error, folder) from error
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether a folder is the directory of a run, or has some and no image: `runs/` may stand beside the classes."""
+    """Whether a folder is the directory of a run, or has some and no image at any depth: `runs/` may stand beside the
+    classes.
+    """
     if _is_run(folder):
         return True
     found = False
@@ -132,7 +159,7 @@ def _holds_runs(folder: Path) -> bool:
                     return False
     except OSError as error:
         raise _not_to_be_read(error) from error
-    return found
+    return found and not images_below(folder, Found())
 
 
 def _name(path: Path) -> str:
@@ -184,7 +211,10 @@ def images_below(folder: Path, found: Found) -> list[str]:
         for name in files:
             if _hidden(name):
                 continue
-            mode = os.lstat(os.path.join(directory, name)).st_mode  # noqa: PTH118 (100,000 Paths are slow)
+            try:
+                mode = os.lstat(os.path.join(directory, name)).st_mode  # noqa: PTH118 (100,000 Paths are slow)
+            except OSError as error:  # the folder may be listed, but not entered
+                raise _not_to_be_read(error, here) from error
             found.links |= stat.S_ISLNK(mode)
             # whoever opened a pipe would wait for ever
             if _is_image(name) and (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
@@ -199,6 +229,7 @@ def _scan(folder: Path, root: Path, found: Found) -> dict[str, list[str]]:
     classes = {}
     for class_folder in visible_folders(folder):
         if _holds_runs(class_folder):
+            found.runs.append(class_folder.relative_to(root).as_posix())
             continue
         found.links |= class_folder.is_symlink()
         inside = class_folder.relative_to(root).as_posix()
@@ -226,9 +257,8 @@ def _require_two(folder: Path, classes: dict[str, list[str]]) -> None:
         raise UserError(f"{folder} has two classes that are written '{twice[0]}'; rename one of the folders")
 
 
-def _runs_beside(folder: Path) -> list[str]:
-    names = [inside.name for inside in visible_folders(folder) if _holds_runs(inside)]
-    return [f"The folder {_listed(names)} holds runs of otmix and is no class."] if names else []
+def _of_runs(found: Found) -> list[str]:
+    return [f"The folder {_listed(found.runs)} holds runs of otmix and is no class."] if found.runs else []
 
 
 def _alike(classes: dict[str, list[str]]) -> list[str]:

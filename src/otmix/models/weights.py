@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +31,10 @@ class WeightsFile:
         """
         if not Path(path).is_file():
             raise UserError(f"there is no weights file {path}; give the path of a .safetensors, .pt or .pth file")
+        try:
+            Path(path).open("rb").close()
+        except OSError as error:  # safetensors would say that there is no such file
+            raise UserError(f"{path} cannot be read ({error.strerror}); give it read permission") from error
         content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_pickle(path)
         for container in CONTAINERS:
             if isinstance(content, dict) and isinstance(content.get(container), dict):
@@ -84,11 +87,18 @@ def _read_safetensors(path: str) -> object:
 def _read_pickle(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is no file of plain weights; save model.state_dict() with torch.save") from error
+    except Exception as error:  # what torch raises depends on which byte of a file is wrong: any of twenty kinds
+        raise UserError(
+            f"{path} is no file of plain weights or is damaged ({type(error).__name__}); save model.state_dict() with "
+            "torch.save, or copy the file again"
+        ) from error
 
 
 def _bare(key: str) -> str:
-    for wrapper in WRAPPERS:
-        key = key.removeprefix(wrapper)
+    """Without the prefixes of wrappers, in whatever order they lie around each other."""
+    before = None
+    while key != before:
+        before = key
+        for wrapper in WRAPPERS:
+            key = key.removeprefix(wrapper)
     return key

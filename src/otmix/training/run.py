@@ -15,7 +15,7 @@ import torch
 from otmix.config import RunConfig
 from otmix.data import ImageDataset, dead_reader, require_readable
 from otmix.errors import UserError
-from otmix.files import remove_temporaries
+from otmix.files import remove, remove_temporaries
 from otmix.methods import check_settings, parse_method
 from otmix.randomness import derive_seed
 from otmix.reports.page import write_page
@@ -87,15 +87,26 @@ def directory_of(config: RunConfig) -> Iterator[None]:
             f"{run_dir} already holds a run that has begun; add --resume to go on with it, or choose another folder "
             "with --out"
         )
-    # what a run leaves that ended before its first checkpoint: it may begin anew
+    # what a run leaves that has no checkpoint, as it ended before the first or a damaged one was deleted: it may begin
+    # anew
     left = {"data.json", "environment.json", "settings.json"}
     if all((run_dir / name).exists() for name in ("config.yaml", *left)):
-        left |= {"config.yaml", *(path.name for path in run_dir.glob("best-*.safetensors"))}
+        left |= {"config.yaml", *(path.name for path in _of_before(run_dir)), "predictions.npz", "pairs.npz", "figures"}
+        if not started and (run_dir / "model.safetensors").exists():
+            raise UserError(
+                f"{run_dir} holds a model without the result.json or checkpoint.pt of its run; move model.safetensors "
+                "away to begin the run anew, or choose another folder with --out"
+            )
     there = () if started or not run_dir.is_dir() else run_dir.iterdir()
     if any(path.name[0] != "." and path.name not in left for path in there):
         raise UserError(f"the folder {run_dir} is not empty and holds no run; choose another folder with --out")
     with alone_in(run_dir):
         yield
+
+
+def _of_before(run_dir: Path) -> list[Path]:
+    """What a run without a checkpoint has left that would be taken for the new one's, which begins in its folder."""
+    return [path for pattern in ("metrics.jsonl", "best-*.safetensors") for path in run_dir.glob(pattern)]
 
 
 @contextmanager
@@ -209,6 +220,8 @@ def _run(fabric: Fabric, run_dir: Path, plan: Plan, reporter: Reporter) -> Path:
     elif main:
         if plan.config.on_bad_image == "error":  # with "skip" all have been read; now, not when training is over
             require_readable(split_of(dataset, plan.config.final_split), reporter.loading)
+        for path in _of_before(run_dir):
+            remove(path)
         write_records(run_dir, plan.config, plan.settings, dataset, fabric.device, plan.looks_at_test())
     if main:
         remove_temporaries(run_dir)
