@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from otmix.config import RunConfig
-from otmix.data import ArraySource, FileSource, ImageDataset, folder, load_dataset, require_readable
+from otmix.data import ArraySource, FileSource, ImageDataset, load_dataset, require_readable
 from otmix.data.folder import IMAGENET_MEAN, IMAGENET_STD, LARGE_SIZE, choose_image_size
 from otmix.errors import UserError
 from otmix.models import default_backbone, timm_data_config
@@ -101,7 +101,7 @@ def test_the_size_does_not_hang_on_what_a_class_is_called(
         looked.append(path)
         return (32, 32) if path.parent.name == small else (300, 300)
 
-    monkeypatch.setattr(folder, "size_of", size)
+    monkeypatch.setattr("otmix.data.folder.size_of", size)
     assert choose_image_size(source) == LARGE_SIZE
     assert 500 < len(looked) <= 512
     assert {path.parent.name for path in looked} == {small, "b", "c"}
