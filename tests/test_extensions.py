@@ -135,6 +135,11 @@ def test_a_setting_may_be_none_or_a_word_that_yaml_has_for_something_else(tmp_pa
     file = ["--config", str(run_dir / "config.yaml"), "--import", str(source)]
     assert main(["train", *file, "--out", str(again)]) == 0
     assert json.loads((again / "settings.json").read_text()) == settings
+    (tmp_path / "nothing_said.yaml").write_text("method: logit-adjustment\nset: {loss: {tau: , post_hoc: on}}\n")
+    said = ["--config", str(tmp_path / "nothing_said.yaml"), "--max-per-class", "10", "--epochs", "1"]
+    assert main(["train", *said, "--out", str(tmp_path / "said")]) == 0
+    settings_of = json.loads((tmp_path / "said" / "settings.json").read_text())
+    assert (settings_of["loss.tau"], settings_of["loss.post_hoc"]) == (1.0, True)
     write_config(read_config(run_dir), tmp_path / "child.yaml")  # as for a process of --jobs
     assert main(["train", "--config", str(tmp_path / "child.yaml"), *file[2:], "--out", str(tmp_path / "child")]) == 0
     assert json.loads((tmp_path / "child" / "settings.json").read_text()) == settings

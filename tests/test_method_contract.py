@@ -24,7 +24,7 @@ from otmix.protocols import PROTOCOLS, Overrides, ProtocolName
 from otmix.settings import settings_of
 from otmix.training import contract
 from otmix.training.loop import train_epoch
-from otmix.types import Batch, Mixed, Output
+from otmix.types import Batch, Mixed, Output, Target
 
 NAMES = [
     *known_losses(),
@@ -221,6 +221,20 @@ def test_each_check_finds_a_loss_that_breaks_it(
     (run,) = (one for one in contract.CHECKS if one.__name__ == check)
     with pytest.raises((contract._Broken, UserError), match=problem):
         run(parse_method("bad"), tmp_path)
+
+
+class Whole(Criterion):
+    """Of the batch as a whole, and of no image alone."""
+
+    title, paper = "Whole", "nobody"
+
+    def forward(self, output: Output, target: Target, *_: Any, **__: Any) -> Tensor:
+        return -(target.soft_labels(output.logits.shape[1]) * output.logits.float().log_softmax(1)).sum(1).mean()
+
+
+def test_a_loss_of_the_whole_batch_alone_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "whole", Whole)
+    assert [found for found in contract.check_method("whole") if found.problem is not None] == []
 
 
 def test_every_loss_takes_bfloat16_logits(tmp_path: Path) -> None:

@@ -359,6 +359,8 @@ def test_what_the_run_of_the_weights_saw_counts(digits: ImageDataset, tmp_path: 
     for result, looked in (({"looks_at_test": True}, True), ({"looks_at_test": False}, False), ([1], False)):
         write_json(tmp_path / "result.json", result)
         assert prepare(config, digits).looks_at_test() == looked
+    (tmp_path / "result.json").write_text("somebody else's")
+    assert not prepare(config, digits).looks_at_test()
     (tmp_path / "result.json").unlink()  # the best so far of a run that has not ended
     write_json(tmp_path / "environment.json", {"looks_at_test": True})
     assert prepare(config, digits).looks_at_test()

@@ -151,7 +151,8 @@ class RunConfig:
         for name, kinds in _kinds().items():
             object.__setattr__(self, name, _in_kind(name, kinds, getattr(self, name)))
         for name in ("root", "weights"):  # photos, photos/ and ./photos are one folder
-            if path := getattr(self, name):
+            # not past a link: what lies above its folder is not what lies above the link
+            if (path := getattr(self, name)) and ".." not in Path(path).parts:
                 object.__setattr__(self, name, os.path.normpath(path))
         for name, choices in _choices().items():
             value = getattr(self, name)

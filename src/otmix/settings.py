@@ -36,6 +36,10 @@ class Setting:
         return (self.kind,) if get_origin(self.kind) is Literal or not members else members
 
     @property
+    def takes_none(self) -> bool:
+        return NoneType in self._types
+
+    @property
     def is_plain(self) -> bool:
         """Whether a text on the command line can say it."""
         plain = all(kind in (bool, int, float, str, NoneType) or get_origin(kind) is Literal for kind in self._types)
@@ -53,8 +57,8 @@ class Setting:
                 members: dict[str, Value] = {_as_typed(member): member for member in get_args(kind)}
                 if (said := text if isinstance(value, str) else _as_typed(value)) in members:
                     return members[said]
-            if kind is bool and text.lower() in ("true", "false", "yes", "no"):
-                return text.lower() in ("true", "yes")
+            if kind is bool and text.lower() in ("true", "false", "yes", "no", "on", "off"):
+                return text.lower() in ("true", "yes", "on")
             if kind is str and value is not None:
                 return text
             if kind in (int, float) and not isinstance(value, bool):

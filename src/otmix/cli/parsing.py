@@ -187,12 +187,14 @@ def _read_config(
     taken = {a.key: a for a in arguments if a.group != OWN or a.key in own - others}
     read = {key: in_type(file, key, taken[key].hint, value) for key, value in values.items() if key in taken}
     found = {key: value if taken[key].switch else str(value) for key, value in read.items()}
-    return found | {key: str(value) for key, value in values.items() if of_a_part(key)}, lists
+    return found | {
+        key: "null" if value is None else str(value) for key, value in values.items() if of_a_part(key)
+    }, lists
 
 
 def _is_folder(value: Any) -> bool:
-    """Whether `out` is meant for `otmix train`, to which it is a folder: a name without an ending."""
-    return isinstance(value, str) and not Path(value).suffix
+    """Whether `out` is meant for `otmix train`, to which it is a folder: no name of a picture."""
+    return isinstance(value, str) and Path(value).suffix.lower() != ".png"
 
 
 def _texts(file: Path, key: str, value: Any) -> list[str]:

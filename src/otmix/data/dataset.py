@@ -164,9 +164,7 @@ def load_dataset(
     if on_bad_image == "skip":
         raw = _without_unreadable(raw, progress)
     if raw.test is not None and test_fraction != TEST_FRACTION:
-        raise UserError(
-            f"--test-fraction changes nothing for {raw.name}, which has a test split of its own; leave it out"
-        )
+        raw = replace(raw, notes=(*raw.notes, "There is a test split already, so --test-fraction changes nothing."))
     raw = _with_test_split(raw, test_fraction, seed)
     raw, size = _with_size(raw, image_size, timm)
     raw = _with_subset(raw, data, imbalance, max_per_class, validation_per_class, seed)

@@ -144,8 +144,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether a folder is the directory of a run, or has some and no image at any depth: `runs/` may stand beside the
-    classes.
+    """Whether a folder is the directory of a run, or has some and no image at any depth, or is called `runs`: that may
+    stand beside the classes.
     """
     if _is_run(folder):
         return True
@@ -159,7 +159,7 @@ def _holds_runs(folder: Path) -> bool:
                     return False
     except OSError as error:
         raise _not_to_be_read(error) from error
-    return found and not images_below(folder, Found())
+    return found and (folder.name == "runs" or not images_below(folder, Found()))
 
 
 def _name(path: Path) -> str:

@@ -66,6 +66,7 @@ class Criterion(nn.Module):
         two calls of `F.cross_entropy(weight=w)` give, as in the released code: each of the two terms is divided by the
         sum of its own batch's weights, so that a weight no longer trades one term off against the other. Of more than
         two labels (soft ones, of which that code says nothing) the sum is of share · weight, as of hard labels.
+        Two soft ones cannot be told from a mix.
 
         Raises UserError for another reduction, and for logits or labels in place of an `Output` and a `Target`.
         """

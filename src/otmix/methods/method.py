@@ -157,6 +157,7 @@ class Method:
         parts = {
             key: known[key].convert(value, f"--set.{key}") if key in known else value
             for key, value in overrides.parts.items()
+            if value is not None or key not in known or known[key].takes_none  # else nothing was said
         }
         run = overrides.confusion_run
         return replace(overrides, parts=parts, confusion_run=None if run is None else str(Path(run)))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from otmix.config import RunConfig
 from otmix.data import ArraySource, ImageDataset
+from otmix.losses import Criterion
 from otmix.methods import Method, parse_method
 from otmix.mixing import Mixer
 from otmix.protocols import PROTOCOLS, Overrides
@@ -286,6 +287,8 @@ def _takes_bfloat16(run: RunState) -> None:
         "and give a finite loss of each image; begin with output.logits.float(). Here it"
     )
     for epoch in (0, EPOCHS - 1):
+        if type(run.state.criterion).per_label is Criterion.per_label:  # it sees the batch as a whole alone
+            return
         try:
             losses = run.state.criterion.per_label(output, labels, epoch / EPOCHS)
         except Exception as error:  # someone's own code

@@ -91,7 +91,7 @@ def directory_of(config: RunConfig) -> Iterator[None]:
     # anew
     left = {"data.json", "environment.json", "settings.json"}
     if all((run_dir / name).exists() for name in ("config.yaml", *left)):
-        left |= {"config.yaml", *(path.name for path in _of_before(run_dir)), "predictions.npz", "pairs.npz", "figures"}
+        left |= {"config.yaml", *(path.name for path in _of_before(run_dir)), "figures"}
         if not started and (run_dir / "model.safetensors").exists():
             raise UserError(
                 f"{run_dir} holds a model without the result.json or checkpoint.pt of its run; move model.safetensors "
@@ -106,7 +106,8 @@ def directory_of(config: RunConfig) -> Iterator[None]:
 
 def _of_before(run_dir: Path) -> list[Path]:
     """What a run without a checkpoint has left that would be taken for the new one's, which begins in its folder."""
-    return [path for pattern in ("metrics.jsonl", "best-*.safetensors") for path in run_dir.glob(pattern)]
+    patterns = ("metrics.jsonl", "best-*.safetensors", "predictions.npz", "pairs.npz", "figures/*.png")
+    return [path for pattern in patterns for path in run_dir.glob(pattern)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,8 +153,12 @@ def effective_settings(config: RunConfig) -> dict[str, Any]:
 def _looked(run_dir: Path) -> bool:
     """Whether the run there, if there is one, looked at the test set; of one that has not ended, whether it looks."""
     files = (run_dir / name for name in ("result.json", "environment.json"))
-    said = (read_json(file) for file in files if file.is_file())
-    return any(isinstance(one, dict) and bool(one.get("looks_at_test")) for one in said)
+    for file in files:
+        with suppress(UserError):  # a file of somebody else's
+            said = read_json(file) if file.is_file() else None
+            if isinstance(said, dict) and said.get("looks_at_test"):
+                return True
+    return False
 
 
 def filled_in(config: RunConfig, image_size: int, small: bool, images: int) -> RunConfig:
@@ -177,7 +182,7 @@ def _check_splits(config: RunConfig, method: Method, protocol: Protocol, dataset
             "F would come from the validation images that --final-split measures the result on; give "
             "--set.confusion_from streamed or balanced-train"
         )
-    if config.set.confusion_per_class is not None and sees and origin.items != "balanced":
+    if config.set.confusion_per_class is not None and sees and origin.items != "balanced" and not begun:
         raise UserError(
             f"--set.confusion_per_class changes nothing here: F comes from all {origin.split} images; leave it out, or "
             "give --set.confusion_from balanced-train"
