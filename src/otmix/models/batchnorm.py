@@ -30,9 +30,9 @@ class MeanStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._measured = _copy(model)
-        if not model.training:
-            self._measured.train()
+        self._measured = _copy(model).train()
+        for own, new in zip(model.modules(), self._measured.modules(), strict=True):
+            new.training &= own.training or not model.training
         for norm in batch_norms(self._measured):
             if norm.weight is not None and not norm.weight.requires_grad:
                 norm.eval()
